@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= trainer.max_steps=120
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check test-all bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\nEach target makes or refreshes %s when pyproject.toml or constraints.txt changed.\n' '$(VENV)'
+	@printf 'DEMO="OVERRIDES" changes the demo; ARGS="..." goes to pytest, or to the bench; PYTHON=python3.x picks the interpreter.\n'
+
+demo: $(VENV)/.stamp ## a short fine-tuning on this machine, start to end
+	$(BIN)/python -m sft_lab $(DEMO)
+
+test: $(VENV)/.stamp ## the tests, without the slow ones
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/.stamp ## lint, format, types, then `make test`: what a commit must pass
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-all: $(VENV)/.stamp ## every test that needs no GPU
+	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+bench: $(VENV)/.stamp ## measurements, side by side (ARGS=NAME for one of them)
+	$(BIN)/python tests/bench.py $(ARGS)
+
+clean: ## remove .venv, build results and caches; outputs/ stays
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	find sft_lab tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): about a minute the first time"
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,54 @@
+"""`python -m sft_lab`: finds the verb and hands over to it. Imports no torch, so that every answer that needs none is
+quick."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from sft_lab.errors import ConfigError, SftLabError
+
+VERBS = {
+    "train": "one run, or a sweep with -m (what is done without a verb)",
+    "resume": "go on from the last checkpoint of a run",
+    "eval": "evaluate a finished run's adapter",
+    "chat": "talk to a finished run's model",
+    "env": "versions, devices, what will be used and why",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code (0 done, 1 failed, 2 wrong input, 130/143 interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        verb, rest = _split(words)
+        return int(importlib.import_module(f"sft_lab.commands.{verb}").main(rest))
+    except SftLabError as error:
+        print(f"sft_lab: {_told(error)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    if not words or words[0].startswith(("-", "+", "~")) or "=" in words[0]:
+        return "train", words
+    verb, *rest = words
+    if verb in VERBS:
+        return verb, rest
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{verb} : neither a verb nor KEY=VALUE{hint} (verbs: {', '.join(VERBS)})")
+
+
+def _told(error: SftLabError) -> str:
+    problems = getattr(error, "problems", [str(error)])
+    if len(problems) == 1:
+        return problems[0]
+    return "\n  ".join([f"{len(problems)} problems, nothing was started", *problems])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

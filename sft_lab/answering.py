@@ -1,0 +1,80 @@
+"""A finished run's model, loaded to answer: what `chat` and `eval` talk to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sft_lab import config as configs
+from sft_lab import evaluate
+from sft_lab import model as models
+from sft_lab.data.formats import Message
+from sft_lab.data.prepare import evaluation_rows
+from sft_lab.data.template import TurnEnd
+from sft_lab.data.tokenize import IGNORE
+from sft_lab.runs import RunDirectory, read_json
+from sft_lab.schema import Config
+from sft_lab.trainer import Collator
+
+
+@dataclass
+class Finished:
+    """Model with its adapter, tokenizer with its chat template, and the config that made them."""
+
+    config: Config
+    model: Any
+    tokenizer: Any
+    turn_end: TurnEnd
+
+    @classmethod
+    def load(cls, run: RunDirectory) -> Finished:
+        """
+        Raises:
+            RunError: the run has no adapter yet, or its base model cannot be had.
+        """
+        from peft import PeftModel
+        from transformers import AutoTokenizer
+
+        adapter, config = run.require_adapter(), configs.load(run.config)
+        if config.peft.method == "none":
+            config.model.path = str(adapter)
+            model = models.load_model(config)
+        else:
+            model = PeftModel.from_pretrained(models.load_model(config), str(adapter))
+        model.to(models.device()).eval()
+        facts = read_json(run.data / "facts.json")
+        turn_end = TurnEnd(facts["turn_end"], facts["turn_end_id"])
+        return cls(config, model, AutoTokenizer.from_pretrained(str(adapter)), turn_end)
+
+    def evaluate(self, config: Config) -> dict[str, Any]:
+        """Metrics over all held-out rows that `config.data` names, or all its rows where it holds none out.
+
+        Raises:
+            PreflightError: the rows cannot be read or used.
+        """
+        rows = evaluation_rows(config, self.tokenizer, self.turn_end)
+        settings = replace(config.evaluation, rows=len(rows) if config.data.metrics else 0)
+        answers = evaluate.answer_rows(self.model, self.tokenizer, rows, self.turn_end.id, settings)
+        metrics = {"loss": self._loss(rows, config.trainer.per_device_eval_batch_size), **evaluate.score(config.data.metrics, answers, rows["reference"])}
+        return {"source": config.data.path or config.data.source, "rows": len(rows), "metrics": metrics}
+
+    def answer(self, messages: list[Message], max_new_tokens: int) -> str:
+        """The greedy answer to a conversation that ends with the user's turn."""
+        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return evaluate.generate(self.model, self.tokenizer, [ids], self.turn_end.id, max_new_tokens, 1)[0]
+
+    def _loss(self, rows: Any, batch_size: int) -> float:
+        """Mean cross-entropy over every token that carries loss, in nats."""
+        import torch
+
+        collate = Collator(self.tokenizer.pad_token_id)
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for start in range(0, len(rows), batch_size):
+                batch = collate(rows.select(range(start, min(start + batch_size, len(rows)))).to_list())
+                batch = {name: values.to(self.model.device) for name, values in batch.items()}
+                supervised = int((batch["labels"] != IGNORE).sum())
+                total += float(self.model(**batch, use_cache=False).loss) * supervised
+                count += supervised
+        return total / count

@@ -1,0 +1,153 @@
+"""What watches a training run: metrics, the terminal, checkpoints' seals, and the signals that end it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerCallback
+
+from sft_lab.console import Progress
+from sft_lab.errors import Interrupted, RunError
+from sft_lab.runs import RunDirectory
+from sft_lab.tracking import Tracker, flatten_event
+
+
+class TokenCounter:
+    """Counts the tokens that training passes through the model, padding left out.
+
+    SFTTrainer's own num_tokens counts one row of a batch when there is no attention mask.
+    """
+
+    def __init__(self, model: Any, pad_token_id: int, start: int = 0):
+        self._pad, self._start = pad_token_id, start
+        self._seen: Any = 0
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.training and "input_ids" in kwargs:
+            self._seen = self._seen + (kwargs["input_ids"] != self._pad).sum()  # stays on the device until asked for
+
+    @property
+    def total(self) -> int:
+        return self._start + int(self._seen)
+
+
+class Metrics(TrainerCallback):
+    """Writes each logging event to metrics.jsonl, the tracker and the terminal, and stops a run that diverged."""
+
+    def __init__(self, run: RunDirectory, tracker: Tracker, progress: Progress, past: list[dict[str, Any]]):
+        self.run, self.tracker, self.progress = run, tracker, progress
+        self.counter: TokenCounter | None = None  # set once the model is there
+        trained = [event for event in past if event["split"] == "train"]
+        self._before_s = trained[-1]["time_s"] if trained else 0.0
+        self.past_tokens = trained[-1]["tokens"] if trained else 0
+        self._last = (0.0, self.past_tokens)
+        self._began = 0.0
+        self.trained_s = 0.0  # time_s as training ended
+
+    @property
+    def time_s(self) -> float:
+        """Seconds spent training, over all sessions of the run, without evaluation."""
+        return self._before_s + time.perf_counter() - self._began
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+        self._last = (self.time_s, self.past_tokens)
+        self.progress.start(state.max_steps, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trained_s = self.time_s
+        self.progress.stop()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" not in logs:  # an evaluation, or the summary at the end of training
+            return
+        assert self.counter is not None
+        now, tokens = self.time_s, self.counter.total
+        event = {
+            "step": state.global_step,
+            "split": "train",
+            "time_s": round(now, 3),
+            **{key: logs[key] for key in ("loss", "grad_norm", "learning_rate", "epoch", "entropy", "mean_token_accuracy")
+               if key in logs},
+            "tokens": tokens,
+            "tokens_per_s": round((tokens - self._last[1]) / max(now - self._last[0], 1e-9), 1),
+        }  # fmt: skip
+        self._last = (now, tokens)
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(event.get(key, 0.0)):
+                raise RunError(
+                    f"{key} is {event[key]} at step {state.global_step}: training has diverged "
+                    f"(trainer.learning_rate={args.learning_rate:g} may be too high)"
+                )
+        self.record(event)
+        self.progress.report(event)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        kept = {key.removeprefix("eval_"): value for key, value in metrics.items() if key in _EVAL_KEYS}
+        event = {"step": state.global_step, "split": "eval", "time_s": round(self.time_s, 3), **kept}
+        self.record(event)
+        self._began += metrics.get("eval_runtime", 0.0)
+        self.progress.report(event)
+
+    def record(self, event: dict[str, Any]) -> None:
+        self.run.append_metrics(event)
+        self.tracker.log(flatten_event(event), event["step"])
+
+
+_EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_runtime")
+
+
+class Seal(TrainerCallback):
+    """Marks a checkpoint as whole once its last file is written."""
+
+    def __init__(self, run: RunDirectory):
+        self.run = run
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.seal_checkpoint(state.global_step)
+        self.run.set_status("running", step=state.global_step)
+
+
+class Stop(TrainerCallback):
+    """SIGINT and SIGTERM: in training, save at the next step's end and leave; elsewhere, or the second time, at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._training = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self.signum is not None or not self._training:
+            raise Interrupted(signum)
+        self.signum = signum
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.signum is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._training = False
+
+    def raise_if_stopped(self) -> None:
+        if self.signum is not None:
+            raise Interrupted(self.signum)

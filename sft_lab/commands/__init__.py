@@ -1,0 +1,1 @@
+"""One small module a verb; each has `main(argv) -> exit code`."""

@@ -1,0 +1,18 @@
+"""`resume RUN_DIR`: goes on from the newest whole checkpoint, in the same directory and the same W&B run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from sft_lab.runs import RunDirectory
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="sft_lab resume", description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    run = RunDirectory.open(parser.parse_args(argv).run_dir)
+    from sft_lab.launch import resume
+
+    resume(run)
+    return 0

@@ -1,0 +1,75 @@
+"""`train`, or no verb: checks what was typed, then hands over to Hydra."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from sft_lab import config as configs
+from sft_lab.errors import SftLabError
+from sft_lab.runs import RunDirectory
+
+
+def main(argv: Sequence[str]) -> int:
+    command = configs.parse_command_line(argv)
+    if command.composes:
+        configs.check_command_line(command)
+    missing = _missing_ancestors(Path("outputs") / "x" / "x")
+    failures: list[tuple[str, SftLabError]] = []
+
+    def task(cfg: DictConfig) -> None:
+        try:
+            _run_one(cfg)
+        except SftLabError as error:
+            _discard_empty(Path(HydraConfig.get().runtime.output_dir), missing)
+            if HydraConfig.get().mode == RunMode.RUN or error.exit_code > 128:
+                raise _Stop(error) from error
+            failures.append((Path(HydraConfig.get().runtime.output_dir).name, error))
+            print(f"sft_lab: {failures[-1][0]} failed: {error}", file=sys.stderr)
+
+    configs.register()
+    sys.argv = ["sft_lab", *argv]
+    try:
+        hydra.main(version_base="1.3", config_path=str(configs.CONF_DIR), config_name="config")(task)()
+    except _Stop as stop:
+        raise stop.error from None
+    for name, error in failures:
+        print(f"sft_lab: failed: {name}: {error}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+class _Stop(SystemExit):
+    """Leaves Hydra, which would print a traceback for an Exception."""
+
+    def __init__(self, error: SftLabError):
+        self.error = error
+        super().__init__(error.exit_code)
+
+
+def _run_one(cfg: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    config = configs.to_config(own)
+    if hydra_config.mode == RunMode.MULTIRUN and not config.tracking.group:
+        config.tracking.group = config.sweep.name
+    from sft_lab.launch import start
+
+    start(config, RunDirectory(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+
+
+def _missing_ancestors(path: Path) -> set[Path]:
+    return {p.resolve() for p in path.parents if not p.exists()}
+
+
+def _discard_empty(run_dir: Path, missing: set[Path]) -> None:
+    """Undo the directories that Hydra made for a run that was refused before it wrote anything."""
+    for folder in (run_dir, *(p for p in run_dir.parents if p in missing)):
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()

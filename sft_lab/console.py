@@ -1,0 +1,72 @@
+"""What a person at the terminal sees; plain lines where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def show_facts(facts: dict[str, str]) -> None:
+    """The resolved facts of a run, before it starts."""
+    if not console.is_terminal:
+        for name, value in facts.items():
+            console.print(f"{name}: {value}", markup=False)
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in facts.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False)
+
+
+class Progress:
+    """Step, loss, tokens a second and the time left."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._total = 0
+
+    def start(self, total: int, step: int) -> None:
+        self._total = total
+        if console.is_terminal:
+            self._bar = Bar(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._bar.add_task("", total=total, completed=step, numbers="")
+            self._bar.start()
+
+    def step(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+
+    def report(self, event: dict[str, Any]) -> None:
+        if event["split"] == "eval":
+            say(f"step {event['step']}: eval loss {event['loss']:.4f}")
+            return
+        numbers = f"loss {event['loss']:.4f}  {event['tokens_per_s']:.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], numbers=numbers)
+            return
+        left = event["time_s"] / event["step"] * (self._total - event["step"])
+        say(f"step {event['step']}/{self._total}  {numbers}  {left:.0f} s left")
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,96 @@
+"""How good the answers are: greedy generation on held-out rows, and the metrics of a data set."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sft_lab import config as configs
+from sft_lab.errors import ConfigError
+from sft_lab.schema import EvaluationConfig
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 where the answer is the reference, white space at its ends aside."""
+    return float(answer.strip() == reference.strip())
+
+
+def composes(answer: str, reference: str = "") -> float:
+    """1 where the answer is an sft_lab command line whose config composes and contradicts itself nowhere."""
+    try:
+        words = shlex.split(answer)
+    except ValueError:  # an unclosed quotation
+        return 0.0
+    if words[:3] != ["python", "-m", "sft_lab"]:
+        return 0.0
+    try:
+        configs.compose(words[3:])
+    except ConfigError:
+        return 0.0
+    return 1.0
+
+
+METRICS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "composes": composes}
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], turn_end_id: int, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Greedy answers to tokenised prompts, in their order, without the tokens that end them.
+
+    The model is put back into the mode it was in, and no random state is used.
+    """
+    import torch
+
+    was_training = model.training
+    model.eval()
+    answers = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
+    settings = _greedy(tokenizer, turn_end_id, max_new_tokens)
+    with torch.inference_mode():
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
+            ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            for i, tokens in zip(batch, out[:, ids.shape[1] :], strict=True):
+                answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+    model.train(was_training)
+    return answers
+
+
+def _greedy(tokenizer: Any, turn_end_id: int, max_new_tokens: int) -> Any:
+    from transformers import GenerationConfig
+
+    ends = sorted({turn_end_id, tokenizer.eos_token_id} - {None})
+    return GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any) -> tuple[Any, Any]:
+    """Token ids and attention mask, each (prompts, longest prompt)."""
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = [[pad_token_id] * (longest - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def answer_rows(model: Any, tokenizer: Any, rows: Any, turn_end_id: int, settings: EvaluationConfig) -> list[str]:
+    """Answers to the first `evaluation.rows` held-out rows."""
+    chosen = rows.select(range(min(settings.rows, len(rows)))) if len(rows) else []
+    if not len(chosen):
+        return []
+    return generate(
+        model, tokenizer, chosen["prompt_ids"], turn_end_id, settings.max_new_tokens, settings.batch_size
+    )
+
+
+def score(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The mean of each named metric over the answers; empty where there are none."""
+    if not answers:
+        return {}
+    pairs = list(zip(answers, references, strict=False))
+    return {name: sum(METRICS[name](a, r) for a, r in pairs) / len(pairs) for name in names}

@@ -1,0 +1,111 @@
+"""The base model and its tokenizer, and the precision that this machine computes in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sft_lab import embedded, quant
+from sft_lab.errors import ConfigError, RunError
+from sft_lab.schema import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a run computes: `training` is fp32, bf16 or fp16 (autocast), `dtype` what the base is held in."""
+
+    training: str
+    dtype: str
+    why: str
+
+
+def resolve_precision(config: Config) -> Precision:
+    """What `trainer.precision` and `model.dtype` come to on this machine, and why.
+
+    Raises:
+        ConfigError: the machine cannot compute in what was asked for.
+    """
+    import torch
+
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name(0) if gpu else "the CPU"
+    bf16 = gpu and torch.cuda.is_bf16_supported()
+    training, why = config.trainer.precision, "asked for"
+    if training == "auto":
+        training, why = ("bf16", f"{device} computes in bfloat16") if bf16 else ("fp32", f"{device} is fastest in float32")
+    if training == "fp16" and not gpu:
+        raise ConfigError("trainer.precision=fp16 : needs a GPU, its loss scaling has none to run on (allowed: auto, fp32, bf16)")
+    if training == "bf16" and gpu and not bf16:
+        raise ConfigError(f"trainer.precision=bf16 : {device} has no bfloat16 (allowed: auto, fp32, fp16)")
+    dtype = config.model.dtype
+    if dtype == "auto":
+        # Without an adapter the weights themselves are trained, and AdamW's small steps vanish in 16 bits.
+        full = training == "fp32" or config.peft.method == "none"
+        dtype = "float32" if full else {"bf16": "bfloat16", "fp16": "float16"}[training]
+    return Precision(training, dtype, why)
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer of `model.path`.
+
+    Raises:
+        RunError: it cannot be had, from the hub or from disk.
+    """
+    from transformers import AutoTokenizer
+
+    path = embedded.resolve(model.path)
+    with _told(model):
+        return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def load_config(model: ModelConfig) -> Any:
+    """The architecture's `PretrainedConfig`; raises RunError as `load_tokenizer` does."""
+    from transformers import AutoConfig
+
+    path = embedded.resolve(model.path)
+    with _told(model):
+        return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def load_model(config: Config) -> Any:
+    """The base model on its device, quantised if asked for, without an adapter.
+
+    Raises:
+        RunError: it cannot be had, from the hub or from disk.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, precision = config.model, resolve_precision(config)
+    arguments: dict[str, Any] = {
+        "revision": model.revision,
+        "dtype": precision.dtype,
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": model.trust_remote_code,
+        **model.extra,
+    }
+    quantisation = quant.build(config.quant, precision.dtype)
+    if quantisation is not None:
+        arguments |= {"quantization_config": quantisation, "device_map": {"": device()}}
+    path = embedded.resolve(model.path)
+    with _told(model):
+        return AutoModelForCausalLM.from_pretrained(path, **arguments)
+
+
+@contextlib.contextmanager
+def _told(model: ModelConfig) -> Iterator[None]:
+    """One sentence in place of the many in which a hub client says that it found nothing."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        raise RunError(
+            f"model.path={model.path}: cannot be loaded from a directory of this name nor from the hub ({lines[0]})"
+        ) from error

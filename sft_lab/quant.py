@@ -1,0 +1,28 @@
+"""Quantisation of the frozen base: `quant` to a BitsAndBytesConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft_lab.schema import QuantConfig
+
+
+def build(quant: QuantConfig, compute_dtype: str) -> Any:
+    """The `BitsAndBytesConfig`, or None for a base in its own dtype.
+
+    `compute_dtype` is what bnb_4bit_compute_dtype=auto comes to.
+    """
+    if quant.method == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if quant.method == "bnb_8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quant.llm_int8_threshold, **quant.extra)
+    asked = quant.bnb_4bit_compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quant.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype if asked == "auto" else asked,
+        **quant.extra,
+    )

@@ -1,0 +1,223 @@
+"""The run directory: the one place that knows its paths and how they are written.
+
+Every file appears whole or not at all: it is written beside its place under a temporary name and then renamed.
+metrics.jsonl and train.log grow by whole lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+from sft_lab.errors import ConfigError, RunError
+
+RUN_ID = secrets.token_hex(2)  # of this process; keeps two runs started in one second apart
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory to fill, renamed to `path` (replacing what was there) when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class RunDirectory:
+    """Paths and states of one run. Nothing is created before `claim`."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path).resolve()
+        self.config = self.path / "config.yaml"
+        self.overrides = self.path / "overrides.yaml"
+        self.provenance = self.path / "provenance.json"
+        self.preflight = self.path / "preflight.json"
+        self.status = self.path / "status.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.result = self.path / "result.json"
+        self.samples = self.path / "samples.jsonl"
+        self.log = self.path / "train.log"
+        self.data = self.path / "data"
+        self.answers_before = self.data / "answers_before.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.wandb = self.path / "wandb"
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """The directory of a run that exists.
+
+        Raises:
+            ConfigError: there is none at `path`.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            raise ConfigError(f"{path}: no such run directory")
+        if not run.config.is_file():
+            raise ConfigError(f"{path}: not a run directory, it has no {run.config.name}")
+        return run
+
+    def lock(self) -> None:
+        """Hold the run for this process until it ends, however it ends.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        file = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115  held until the process ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(f"{self.path}: this run is in use by another process") from None
+        self._lock = file
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def require_free(self) -> None:
+        """
+        Raises:
+            ConfigError: the directory holds a run already.
+        """
+        if self.status.exists() or self.config.exists():
+            raise ConfigError(
+                f"{self.path}: holds a run already; go on with it by `python -m sft_lab resume {self.path}`, "
+                "or give another hydra.run.dir or sweep.name"
+            )
+
+    def claim(self) -> None:
+        """Make the directory this run's own.
+
+        Raises:
+            ConfigError: it already holds a run, or another process is starting one in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        try:
+            self.require_free()
+        except ConfigError:
+            self.unlock()
+            raise
+        self.set_status("running", started_at=now())
+
+    def set_status(self, state: str, **fields: Any) -> None:
+        """Merge `fields` into status.json; the states are running, completed, failed and interrupted."""
+        status = {"state": state, "error": None, "started_at": None, "ended_at": None, "step": 0}
+        if self.status.exists():
+            status |= read_json(self.status)
+        status |= {"state": state, "error": None} | fields
+        if state != "running":
+            status["ended_at"] = now()
+        write_json(self.status, status)
+
+    def append_metrics(self, event: dict[str, Any]) -> None:
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The logged events; a last line torn by a killed process is left out."""
+        if not self.metrics.exists():
+            return []
+        events = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                events.append(json.loads(line))
+        return events
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was logged after `step`, where a resumed run goes on."""
+        kept = [json.dumps(event) + "\n" for event in self.read_metrics() if event["step"] <= step]
+        write_text(self.metrics, "".join(kept))
+
+    def seal_checkpoint(self, step: int) -> None:
+        """Mark checkpoint-`step` as whole by listing its files and their sizes; called after the last is written."""
+        checkpoint = self.checkpoints / f"checkpoint-{step}"
+        sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
+        write_json(checkpoint / "whole.json", sizes)
+
+    def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and why each newer one was passed over."""
+        passed_over = []
+        for checkpoint in sorted(self.checkpoints.glob("checkpoint-*"), key=_step_of, reverse=True):
+            problem = _damage(checkpoint)
+            if problem is None:
+                return checkpoint, passed_over
+            passed_over.append(f"{checkpoint.name}: {problem}")
+        return None, passed_over
+
+    def drop_checkpoints_after(self, checkpoint: Path | None) -> None:
+        """Remove what is newer than `checkpoint`: torn ones, which the run will write again."""
+        step = _step_of(checkpoint) if checkpoint else 0
+        for other in self.checkpoints.glob("checkpoint-*"):
+            if _step_of(other) > step:
+                shutil.rmtree(other)
+
+    def require_adapter(self) -> Path:
+        """The finished run's adapter (or, for peft=none, its model).
+
+        Raises:
+            RunError: the run has not got so far.
+        """
+        if not self.adapter.is_dir():
+            state = read_json(self.status)["state"] if self.status.exists() else "unknown"
+            raise RunError(
+                f"{self.path}: no adapter yet, the run's state is {state}; "
+                f"`python -m sft_lab resume {self.path}` goes on with it"
+            )
+        return self.adapter
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _damage(checkpoint: Path) -> str | None:
+    seal = checkpoint / "whole.json"
+    if not seal.is_file():
+        return "not whole, the run ended while it was being saved"
+    for name, size in read_json(seal).items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None

@@ -1,0 +1,164 @@
+"""Every config key: its type, default, and what is allowed.
+
+The files in conf/ hold what a run uses; the defaults here only make each group constructible in a test. `metadata`
+carries what a type cannot say: `choices` (allowed values) and `min` (smallest allowed number). `extra` mappings pass
+further arguments to the library class that the group builds; `config.py` checks their keys against that class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def _choice(default: str, *allowed: str) -> Any:
+    return field(default=default, metadata={"choices": allowed})
+
+
+def _at_least(minimum: float, default: Any) -> Any:
+    return field(default=default, metadata={"min": minimum})
+
+
+@dataclass
+class SuggestedConfig:
+    """What suits a model of this size; `trainer` takes these unless it is told otherwise."""
+
+    learning_rate: float = 2e-4
+    gradient_checkpointing: bool = True
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # a directory, a hub id, or embedded:NAME
+    revision: str = "main"
+    dtype: str = _choice("auto", "auto", "float32", "bfloat16", "float16")
+    attn_implementation: str = _choice("sdpa", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+    trust_remote_code: bool = False
+    suggested: SuggestedConfig = field(default_factory=SuggestedConfig)
+    extra: dict[str, Any] = field(default_factory=dict)  # AutoModelForCausalLM.from_pretrained
+
+
+@dataclass
+class PeftConfig:
+    method: str = _choice("lora", "none", "lora")
+    r: int = _at_least(0, 16)
+    lora_alpha: int = _at_least(0, 32)
+    lora_dropout: float = _at_least(0, 0.05)
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    modules_to_save: list[str] = field(default_factory=list)
+    bias: str = _choice("none", "none", "all", "lora_only")
+    use_rslora: bool = False
+    use_dora: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)  # peft.LoraConfig
+
+
+@dataclass
+class QuantConfig:
+    method: str = _choice("none", "none", "bnb_4bit", "bnb_8bit")
+    bnb_4bit_quant_type: str = _choice("nf4", "nf4", "fp4")
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: str = _choice("auto", "auto", "float32", "bfloat16", "float16")
+    llm_int8_threshold: float = _at_least(0, 6.0)
+    extra: dict[str, Any] = field(default_factory=dict)  # transformers.BitsAndBytesConfig
+
+
+@dataclass
+class DataConfig:
+    source: str = _choice("file", "requests", "file", "hub")
+    path: str = MISSING  # a file, or a hub id
+    name: str = ""  # the hub data set's configuration
+    split: str = "train"
+    revision: str = "main"
+    eval_path: str = ""
+    eval_split: str = ""
+    format: str = _choice("auto", "auto", "messages", "prompt_completion", "alpaca")
+    train_rows: int = _at_least(-1, -1)  # -1: all
+    eval_rows: int = _at_least(-1, -1)  # held out of the training rows where there is no eval_path or eval_split
+    on_bad_row: str = _choice("error", "error", "skip")
+    on_long_row: str = _choice("drop", "drop", "truncate", "error")
+    metrics: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ChatTemplateConfig:
+    name: str = _choice("auto", "auto", "chatml", "zephyr")
+
+
+@dataclass
+class TrainerConfig:
+    learning_rate: float = _at_least(0, 2e-4)
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = _at_least(0, 0.03)  # below 1: share of all steps
+    weight_decay: float = _at_least(0, 0.0)
+    max_grad_norm: float = _at_least(0, 1.0)
+    optim: str = "adamw_torch"
+    num_train_epochs: float = 1.0
+    max_steps: int = _at_least(-1, -1)
+    per_device_train_batch_size: int = _at_least(1, 8)
+    per_device_eval_batch_size: int = _at_least(1, 16)
+    gradient_accumulation_steps: int = _at_least(1, 1)
+    global_batch_size: int = _at_least(0, 0)  # 0: per_device_train_batch_size x gradient_accumulation_steps x processes
+    max_length: int = _at_least(2, 1024)
+    packing: bool = False
+    gradient_checkpointing: bool = False
+    use_reentrant: bool = False
+    precision: str = _choice("auto", "auto", "fp32", "bf16", "fp16")
+    logging_steps: int = _at_least(1, 5)
+    eval_steps: int = _at_least(0, 0)  # 0: only before the first and after the last step
+    save_steps: int = _at_least(1, 50)
+    save_total_limit: int = _at_least(2, 2)
+    dataloader_num_workers: int = _at_least(0, 0)
+    extra: dict[str, Any] = field(default_factory=dict)  # trl.SFTConfig
+
+
+@dataclass
+class DistributedConfig:
+    method: str = _choice("single", "single")
+    num_processes: int = _at_least(1, 1)
+
+
+@dataclass
+class TrackingConfig:
+    method: str = _choice("wandb", "none", "wandb")
+    project: str = "sft_lab"
+    entity: str = ""
+    group: str = ""  # a sweep's trials share its name when this is empty
+    job_type: str = "train"
+    name: str = ""
+    tags: list[str] = field(default_factory=list)
+    notes: str = ""
+    mode: str = _choice("auto", "auto", "online", "offline")
+    log_adapter: bool = True
+    init_timeout_s: int = _at_least(1, 10)
+    finish_timeout_s: int = _at_least(1, 30)
+
+
+@dataclass
+class EvaluationConfig:
+    rows: int = _at_least(0, 128)  # held-out rows answered by greedy generation; 0: none
+    before: bool = True
+    max_new_tokens: int = _at_least(1, 96)
+    batch_size: int = _at_least(1, 32)
+    samples: int = _at_least(0, 8)
+
+
+@dataclass
+class SweepConfig:
+    name: str = MISSING
+
+
+@dataclass
+class Config:
+    seed: int = _at_least(0, 42)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    chat_template: ChatTemplateConfig = field(default_factory=ChatTemplateConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -1,0 +1,216 @@
+"""The story of one run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+from typing import Any
+
+from transformers import set_seed
+
+from sft_lab import config as configs
+from sft_lab import console, evaluate, tracking
+from sft_lab import model as models
+from sft_lab import trainer as trainers
+from sft_lab.callbacks import Metrics, Seal, Stop, TokenCounter
+from sft_lab.data.prepare import Prepared
+from sft_lab.errors import Interrupted, RunError
+from sft_lab.runs import RunDirectory, read_json, whole_directory, write_json, write_text
+from sft_lab.schema import Config
+
+log = logging.getLogger("sft_lab")
+
+
+def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop) -> dict[str, Any]:
+    """Train what the run directory holds, from its newest whole checkpoint where there is one; returns result.json.
+
+    Raises:
+        RunError: training diverged or what it made is not whole.
+        Interrupted: a signal ended it; a checkpoint was saved if training had begun.
+    """
+    checkpoint = _rewind(run)
+    tracker = tracking.open_tracker(config.tracking, run, configs.to_dict(config))
+    exit_code = 1
+    try:
+        console.say(tracker.message)
+        console.show_facts(_facts(config, run, data))
+        set_seed(config.seed)
+        progress = console.Progress()
+        metrics = Metrics(run, tracker, progress, run.read_metrics())
+        trainer = trainers.build(config, run, data, [metrics, Seal(run), stop])
+        metrics.counter = TokenCounter(trainer.model, data.tokenizer.pad_token_id, metrics.past_tokens)
+        before = _evaluate_before(config, run, data, trainer.model, metrics)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            progress.stop()
+        stop.raise_if_stopped()
+        _save_adapter(run, trainer, data)
+        after = _evaluate_after(config, run, data, trainer, tracker)
+        result = _record(config, run, trainer, metrics, before | after)
+        _track(config, run, tracker, result, data)
+        run.set_status("completed", step=trainer.state.global_step)
+        exit_code = 0
+        return result
+    except Interrupted as error:
+        exit_code = error.exit_code
+        raise
+    finally:
+        tracker.finish(exit_code)
+
+
+def _rewind(run: RunDirectory) -> Any:
+    """The checkpoint to go on from, with everything after it taken back."""
+    checkpoint, passed_over = run.newest_checkpoint()
+    for reason in passed_over:
+        log.warning("passed over %s", reason)
+    run.drop_checkpoints_after(checkpoint)
+    step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    run.rewind_metrics(step)
+    if checkpoint:
+        console.say(f"going on from step {step}")
+    return checkpoint
+
+
+def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
+    report, t = read_json(run.preflight), config.trainer
+    precision = models.resolve_precision(config)
+    rows, tokens, parameters = report["rows"], report["tokens"], report["parameters"]
+    dropped = f", {sum(rows['dropped'].values())} left out" if rows["dropped"] else ""
+    return {
+        "run": str(run.path),
+        "model": f"{config.model.path}, base in {precision.dtype}"
+        + (f", quantised ({config.quant.method})" if config.quant.method != "none" else ""),
+        "template": f"{data.facts['chat_template']}, a turn ends with {data.facts['turn_end']}",
+        "rows": f"{rows['kept']} to train on{dropped}, {report['eval_rows']} held out",
+        "tokens": f"{tokens['total']}, {tokens['supervised'] / tokens['total']:.0%} with loss",
+        "steps": f"{report['steps']} of {t.global_batch_size} rows ({t.per_device_train_batch_size} x "
+        f"{t.gradient_accumulation_steps} accumulated), about {report['tokens_per_step']} tokens each",
+        "trained": f"{parameters['trainable']:,} of {parameters['total']:,} parameters "
+        f"({parameters['trainable'] / parameters['total']:.2%})",
+        "precision": f"{precision.training} on {models.device()} ({precision.why})",
+    }
+
+
+def _evaluate_before(
+    config: Config, run: RunDirectory, data: Prepared, model: Any, metrics: Metrics
+) -> dict[str, float]:
+    """Metrics of the model as it came; a resumed run reads what its first session measured."""
+    if not config.evaluation.before or not len(data.eval):
+        return {}
+    if not run.answers_before.exists():
+        answers = evaluate.answer_rows(model, data.tokenizer, data.eval, data.turn_end_id, config.evaluation)
+        write_json(run.answers_before, answers)
+    scores = evaluate.score(config.data.metrics, read_json(run.answers_before), data.eval["reference"])
+    if scores and not any(event["step"] == 0 for event in run.read_metrics()):
+        metrics.record({"step": 0, "split": "eval", **scores})
+    _say_scores("before training", scores, config, data)
+    return {f"{name}_before": value for name, value in scores.items()}
+
+
+def _evaluate_after(config: Config, run: RunDirectory, data: Prepared, trainer: Any, tracker: Any) -> dict[str, float]:
+    """Loss and metrics on the held-out rows, and samples.jsonl."""
+    if not len(data.eval):
+        return {}
+    loss = {"eval_loss": trainer.evaluate()["eval_loss"]}
+    answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.eval, data.turn_end_id, config.evaluation)
+    scores = evaluate.score(config.data.metrics, answers, data.eval["reference"])
+    _say_scores("after training", scores, config, data)
+    if scores:
+        event = {"step": trainer.state.global_step, "split": "eval", **scores}
+        run.append_metrics(event)
+        tracker.log(tracking.flatten_event(event), event["step"])
+    _write_samples(config, run, data, answers)
+    return loss | scores
+
+
+def _say_scores(when: str, scores: dict[str, float], config: Config, data: Prepared) -> None:
+    rows = min(config.evaluation.rows, len(data.eval))
+    for name, value in scores.items():
+        console.say(f"{name.replace('_', ' ')} {when}: {value:.1%} of {rows} held-out rows")
+
+
+def _write_samples(config: Config, run: RunDirectory, data: Prepared, answers: list[str]) -> None:
+    before = read_json(run.answers_before) if run.answers_before.exists() else []
+    samples = []
+    for i, answer in enumerate(answers[: config.evaluation.samples]):
+        row = data.eval[i]
+        samples.append(
+            {
+                "id": row["id"],
+                "prompt": data.tokenizer.decode(row["prompt_ids"]),
+                "reference": row["reference"],
+                "answer_before": before[i] if before else None,
+                "answer": answer,
+            }
+        )
+    write_text(run.samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+
+
+def _save_adapter(run: RunDirectory, trainer: Any, data: Prepared) -> None:
+    """adapter/ with weights, configuration, tokenizer and chat template; or an error and no adapter/ at all."""
+    import torch
+
+    trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    broken = [name for name, p in trained if not torch.isfinite(p).all()]
+    if broken:
+        raise RunError(f"{len(broken)} of {len(trained)} trained tensors are not finite, {broken[0]} is the first")
+    with whole_directory(run.adapter) as folder:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what config.yaml says
+        if not any(folder.glob("*.safetensors")):
+            raise RunError("saving wrote no adapter weights")
+
+
+def _record(
+    config: Config, run: RunDirectory, trainer: Any, metrics: Metrics, evaluated: dict[str, float]
+) -> dict[str, Any]:
+    events = run.read_metrics()
+    last = [event for event in events if event["split"] == "train"][-1]
+    train_s = metrics.trained_s
+    result = {
+        "metrics": {"train_loss": last["loss"], **evaluated},
+        "train_s": round(train_s, 3),
+        "tokens_per_s": round(metrics.counter.total / train_s, 1) if metrics.counter else None,
+        "peak_memory_bytes": _peak_memory_bytes(),
+        "predicted_peak_memory_bytes": read_json(run.preflight)["memory"],
+        "steps": trainer.state.global_step,
+        "adapter_bytes": sum(f.stat().st_size for f in run.adapter.glob("*.safetensors")),
+    }
+    write_json(run.result, result)
+    console.say(
+        f"trained {result['steps']} steps in {train_s:.0f} s, {result['tokens_per_s']:.0f} tokens/s; "
+        f"adapter of {result['adapter_bytes'] / 1e6:.1f} MB in {run.adapter}"
+    )
+    return result
+
+
+def _peak_memory_bytes() -> int:
+    """The most the run held: of GPU memory where there is one, else of the process's resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _track(config: Config, run: RunDirectory, tracker: tracking.Tracker, result: dict[str, Any], data: Prepared) -> None:
+    """The run's summary, samples and adapter, beside the team's other runs."""
+    report = read_json(run.preflight)
+    facts = {f"preflight/{name}": report[name] for name in ("steps", "tokens_per_step", "eval_rows", "disk_bytes")}
+    for group in ("tokens", "parameters", "rows"):
+        facts |= {f"preflight/{group}/{name}": n for name, n in report[group].items() if isinstance(n, (int, float))}
+    tracker.summary({**facts, **{name: v for name, v in result.items() if name != "metrics"}, **result["metrics"]})
+    columns = ["id", "prompt", "reference", "answer_before", "answer"]
+    if run.samples.exists():
+        samples = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()]
+        tracker.table("samples", columns, [[sample[c] for c in columns] for sample in samples], result["steps"])
+    if config.tracking.log_adapter:
+        metadata = {
+            "base_model": config.model.path,
+            "data_fingerprint": data.facts["data_fingerprint"],
+            "config": configs.to_dict(config),
+            "metrics": result["metrics"],
+        }
+        tracker.log_adapter(run.adapter, f"{run.path.name}-adapter", metadata)
