@@ -12,6 +12,7 @@ from sft_lab.callbacks import Stop
 from sft_lab.console import say
 from sft_lab.data.prepare import Prepared, prepare
 from sft_lab.errors import Interrupted, RunError, SftLabError
+from sft_lab.logs import RunLog, run_log
 from sft_lab.runs import RunDirectory, read_json, write_json, write_text
 from sft_lab.schema import Config
 
@@ -25,39 +26,34 @@ def start(config: Config, run: RunDirectory, overrides: list[str]) -> None:
         SftLabError: with an exit code of 2 the directory is as it was; otherwise status.json tells what happened.
     """
     stop = Stop()
-    with stop.listening():
+    with stop.listening(), run_log() as messages:
         try:
             run.require_free()
             data = prepare(config)
             report = preflight.check(config, data, run)
-        except SftLabError as error:
-            if isinstance(error, RunError):
-                _freeze(config, run, overrides)
-                run.set_status("failed", error=str(error))
+        except RunError as error:
+            _freeze(config, run, overrides)
+            run.set_status("failed", error=str(error))
             raise
         _freeze(config, run, overrides)
-        write_json(run.preflight, report.as_dict())
-        write_json(run.provenance, provenance.collect(config, data))
-        data.save(run)
-        _train(run, stop)
+        _write_prepared(config, run, data, report)
+        _train(run, stop, messages)
 
 
 def resume(run: RunDirectory) -> None:
     """Go on with a run from its newest whole checkpoint."""
     run.lock()
-    if run.result.exists() and read_json(run.status)["state"] == "completed":
+    if run.status.exists() and read_json(run.status)["state"] == "completed":
         say(f"{run.path} is complete, there is nothing to go on with")
         return
     stop = Stop()
-    with stop.listening():
-        config = configs.load(run.config)
+    with stop.listening(), run_log() as messages:
         if not run.data.is_dir():  # it ended before its data was written
+            config = configs.load(run.config)
             data = prepare(config)
-            write_json(run.preflight, preflight.check(config, data, run).as_dict())
-            write_json(run.provenance, provenance.collect(config, data))
-            data.save(run)
+            _write_prepared(config, run, data, preflight.check(config, data, run))
         run.set_status("running", ended_at=None)
-        _train(run, stop)
+        _train(run, stop, messages)
 
 
 def _freeze(config: Config, run: RunDirectory, overrides: list[str]) -> None:
@@ -67,11 +63,15 @@ def _freeze(config: Config, run: RunDirectory, overrides: list[str]) -> None:
     write_text(run.config, configs.to_yaml(config))
 
 
-def _train(run: RunDirectory, stop: Stop) -> None:
+def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: preflight.Report) -> None:
+    write_json(run.preflight, report.as_dict())
+    write_json(run.provenance, provenance.collect(config, data))
+    data.save(run)
+
+
+def _train(run: RunDirectory, stop: Stop, messages: RunLog) -> None:
     """Train from the run directory alone, and leave its status true whatever happens."""
-    handler = logging.FileHandler(run.log, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    log.addHandler(handler)
+    messages.open(run.log)
     try:
         train.run(configs.load(run.config), run, Prepared.load(run), stop)
     except Interrupted as error:
@@ -80,13 +80,10 @@ def _train(run: RunDirectory, stop: Stop) -> None:
         raise
     except SftLabError as error:
         run.set_status("failed", error=str(error))
-        log.error("%s", error)
         raise
     except Exception as error:
         run.set_status("failed", error=f"{type(error).__name__}: {error}")
-        log.exception("the run failed")
+        log.debug("the run failed", exc_info=True)
         raise RunError(f"{type(error).__name__}: {error} (the traceback is in {run.log})") from error
     finally:
         run.unlock()
-        log.removeHandler(handler)
-        handler.close()

@@ -83,7 +83,10 @@ class WandbTracker(Tracker):
         artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]+", "-", name), type="model", metadata=dict(metadata))
         # Immutable and without the cache: no second and third copy of the weights under the home directory.
         artifact.add_dir(str(directory), skip_cache=True, policy="immutable")
-        self._run.log_artifact(artifact)
+        try:
+            self._run.log_artifact(artifact)  # asks the server, for 10 s at most, whether the name is free
+        except (wandb.errors.Error, ValueError) as error:
+            logger.warning(f"W&B has no record of the adapter, which is in {directory}: {str(error).splitlines()[0]}")
 
     def finish(self, exit_code: int) -> None:
         if self._finished:
@@ -243,7 +246,7 @@ def _init_failure(error: Exception, config: TrackingConfig) -> ConfigError | Run
 def _offline(config: TrackingConfig, run: RunDirectory, arguments: dict[str, Any], reason: str) -> WandbTracker:
     import wandb
 
-    wandb_file.trim_torn_logs(run.wandb)
+    wandb_file.repair_torn_logs(run.wandb)
     last_step = wandb_file.last_step(run.wandb)
     wandb_run = wandb.init(mode="offline", **arguments)
     message = f"W&B offline, {reason}; upload later: wandb sync {shlex.quote(str(run.wandb))}"

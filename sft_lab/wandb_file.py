@@ -23,14 +23,16 @@ def last_step(directory: Path) -> int:
     return max((_last_step_of(log) for log in _logs(directory)), default=-1)
 
 
-def trim_torn_logs(directory: Path) -> None:
-    """Cut each log after its last whole record.
+def repair_torn_logs(directory: Path) -> None:
+    """Cut each log after its last whole record; delete it where it has none.
 
-    `wandb sync` stops at the first torn log that it meets, and leaves out what the resumed process wrote after it.
+    `wandb sync` stops at the first torn or empty log that it meets, and then leaves out what the resumed process wrote.
     """
     for log in _logs(directory):
         end = max((end for _, end in _records(log.read_bytes())), default=0)
-        if end and end < log.stat().st_size:
+        if end == 0:
+            log.unlink()
+        elif end < log.stat().st_size:
             os.truncate(log, end)
 
 

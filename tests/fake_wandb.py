@@ -65,7 +65,7 @@ class FakeWandb:
         self.runs: dict[tuple[str, str], Run] = {}
         self.artifacts: dict[str, Artifact] = {}
         self.files: dict[str, bytes] = {}
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
+        self._http = _HttpServer(("127.0.0.1", 0), _handler_for(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> FakeWandb:
@@ -229,6 +229,11 @@ def _errors(message: str) -> dict[str, Any]:
 
 def _project(name: str) -> dict[str, Any]:
     return {"id": name, "name": name, "entity": {"id": ENTITY, "name": ENTITY}}
+
+
+class _HttpServer(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Quiet: a killed client breaks its connections."""
 
 
 def _handler_for(server: FakeWandb) -> type[BaseHTTPRequestHandler]:

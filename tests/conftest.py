@@ -1,0 +1,55 @@
+"""Real tiny models made on the spot, and the real command line in a subprocess."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home of our own: no W&B key, no hub, and a cache that this session fills itself."""
+    home = tmp_path_factory.mktemp("home")
+    keep = {name: value for name, value in os.environ.items() if name in ("SFT_LAB_TEST_CACHE",)}
+    settings = {
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "SFT_LAB_CACHE": keep.get("SFT_LAB_TEST_CACHE", str(home / "cache" / "sft_lab")),
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "COLUMNS": "200",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith(("WANDB_", "HF_", "HYDRA_"))]:
+            patch.delenv(name)
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """`python -m sft_lab WORDS` in the test's own directory."""
+
+    def run(*words: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sft_lab", *words],
+            cwd=cwd or tmp_path,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    return run
