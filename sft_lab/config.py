@@ -10,16 +10,19 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.utils import get_args_parser
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import version as hydra_version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -56,14 +59,10 @@ def register() -> None:
 
 def _trial_id(*, _root_: DictConfig) -> str:
     """A sweep trial's directory name, from what it trains and not from how it was typed."""
-    resolved = {
-        key: OmegaConf.to_container(_root_._get_node(key), resolve=True)
-        for key in _root_
-        if key not in ("hydra", "sweep", "tracking")
-    }
-    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:10]
-    peft, trainer = resolved["peft"], resolved["trainer"]
-    return f"{peft['method']}-r{peft['r']}-lr{trainer['learning_rate']:g}-{digest}"
+    config = to_config(OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"]))
+    trained = {key: value for key, value in to_dict(config).items() if key not in ("sweep", "tracking")}
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
 
 
 def groups(conf_dir: Path = CONF_DIR) -> dict[str, dict[str, str]]:
@@ -76,8 +75,8 @@ def groups(conf_dir: Path = CONF_DIR) -> dict[str, dict[str, str]]:
 
 
 def _headline(file: Path) -> str:
-    with open(file, encoding="utf-8") as lines:
-        return lines.readline().removeprefix("#").strip()
+    comments = (line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    return next((comment for comment in comments if not comment.startswith("@package")), "")
 
 
 def help_text() -> str:
@@ -110,91 +109,99 @@ class CommandLine:
     """What of Hydra's command line concerns composing; --help and its like compose nothing of ours."""
 
     overrides: list[str]
-    conf_dir: str
+    conf_dir: str | None
     name: str
     multirun: bool
     composes: bool
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    args = get_args_parser().parse_args(list(argv))
+    parser = get_args_parser()
+    parser.prog = "sft_lab"
+    args = parser.parse_args(list(argv))
     asks = args.help or args.hydra_help or args.info or args.shell_completion
     return CommandLine(
-        args.overrides, args.config_dir or str(CONF_DIR), args.config_name or "config", args.multirun, not asks
+        args.overrides, args.config_dir, args.config_name or "config", args.multirun, not asks
     )
 
 
-def compose(overrides: Sequence[str], conf_dir: str | Path = CONF_DIR, name: str = "config") -> DictConfig:
+def compose(overrides: Sequence[str]) -> DictConfig:
     """The composed config, interpolations unresolved, without Hydra's own part.
 
     Raises:
         ConfigError: a list of everything that is wrong with `overrides`, each naming its key.
     """
-    cfg, problems = _compose_and_check(overrides, conf_dir, name)
+    with _hydra() as loader:
+        cfg, problems = _compose_and_check(loader, overrides, "config")
     if problems:
         raise ConfigError(problems)
     assert cfg is not None
     return cfg
 
 
-def _compose_and_check(
-    overrides: Sequence[str], conf_dir: str | Path, name: str
-) -> tuple[DictConfig | None, list[str]]:
-    register()
-    with _hydra(conf_dir) as loader:
-        cfg, problems = _compose_valid(loader, overrides, name)
-    if cfg is not None:  # a group that is wrong already is not asked what else follows from it
-        touched = {_group_of(problem) for problem in problems}
-        problems += [problem for problem in problems_of(cfg) if _group_of(problem) not in touched]
-    return cfg, problems
-
-
-def _group_of(problem: str) -> str:
-    return problem.split(" ")[0].lstrip("+~").split("=")[0].split(".")[0]
-
-
-def check_command_line(command: CommandLine) -> None:
+def check_command_line(command: CommandLine) -> Path | None:
     """Every check of the config that can be made before Hydra creates a directory.
 
     Of a sweep each value is checked by itself, beside the first of all others.
 
+    Returns:
+        The directory of a single run, as it would be named now.
+
     Raises:
         ConfigError: a list of everything that is wrong.
     """
+    if command.conf_dir and not Path(command.conf_dir).is_dir():
+        raise ConfigError(f"--config-dir={command.conf_dir} : no such directory")
     problems: list[str] = []
-    for overrides in _single_values(command.overrides) if command.multirun else [command.overrides]:
-        cfg, found = _compose_and_check(overrides, command.conf_dir, command.name)
-        problems += found or missing_files(_to_dataclasses(cfg).data if cfg is not None else DataConfig())
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+    with _hydra(command.conf_dir) as loader:
+        choices = _single_values(command.overrides, loader) if command.multirun else [command.overrides]
+        for overrides in choices:
+            cfg, found = _compose_and_check(loader, overrides, command.name)
+            problems += found or missing_files(_to_dataclasses(cfg).data if cfg is not None else DataConfig())
+        if problems:
+            raise ConfigError(list(dict.fromkeys(problems)))
+        if command.multirun:
+            return None
+        full = hydra_compose(config_name=command.name, overrides=command.overrides, return_hydra_config=True)
+    return Path(OmegaConf.select(full, "hydra.run.dir"))
 
 
-class _hydra:
+@contextlib.contextmanager
+def _hydra(conf_dir: str | None = None) -> Iterator[ConfigLoader]:
     """A Hydra of our own for a while, also inside a running one; gives its config loader."""
+    register()
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    hydra_version.setbase("1.3")
+    search_path = create_config_search_path(str(CONF_DIR))
+    if conf_dir:  # where hydra.main puts it
+        search_path.prepend("command-line", f"file://{Path(conf_dir).resolve()}", SearchPathQuery(provider="schema"))
+    try:
+        yield Hydra.create_main_hydra2("sft_lab", search_path).config_loader
+    finally:
+        GlobalHydra.instance().hydra = outer
 
-    def __init__(self, conf_dir: str | Path):
-        self.conf_dir = str(Path(conf_dir).resolve())
 
-    def __enter__(self) -> ConfigLoader:
-        self._outer = GlobalHydra.instance().hydra
-        GlobalHydra.instance().clear()
-        search = self.conf_dir if Path(self.conf_dir).is_dir() else str(CONF_DIR)
-        self._context = initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="sft_lab")
-        self._context.__enter__()
-        loader = GlobalHydra.instance().config_loader()
-        if search != str(CONF_DIR):
-            loader.get_search_path().append("command-line", f"file://{search}")
-        return loader
+def _compose_and_check(
+    loader: ConfigLoader, overrides: Sequence[str], name: str
+) -> tuple[DictConfig | None, list[str]]:
+    cfg, problems = _compose_valid(loader, overrides, name)
+    if cfg is not None:  # a group or key that is wrong already is not asked what else follows from it
+        wrong = {_key_of(problem) for problem in problems}
+        later = [(_key_of(problem), problem) for problem in problems_of(cfg)]
+        problems += [problem for key, problem in later if not {key, key.split(".")[0]} & wrong]
+    return cfg, problems
 
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
-        GlobalHydra.instance().hydra = self._outer
+
+def _key_of(problem: str) -> str:
+    return problem.split(" ")[0].lstrip("+~").split("=")[0]
 
 
 def _compose_valid(loader: ConfigLoader, overrides: Sequence[str], name: str) -> tuple[DictConfig | None, list[str]]:
     """Compose what is valid of `overrides`, and tell what is not."""
-    with contextlib.suppress(HydraException, OmegaConfBaseException):
-        return hydra_compose(config_name=name, overrides=list(overrides)), []
+    if not any(text.startswith(("+", "~")) for text in overrides):  # those pass Hydra's own checks
+        with contextlib.suppress(HydraException, OmegaConfBaseException, ValueError):
+            return hydra_compose(config_name=name, overrides=list(overrides)), []
     valid: list[str] = []
     problems: list[str] = []
     values: list[tuple[str, Override]] = []
@@ -215,11 +222,10 @@ def _compose_valid(loader: ConfigLoader, overrides: Sequence[str], name: str) ->
 def _try_compose(overrides: list[str], name: str, problems: list[str]) -> DictConfig | None:
     try:
         return hydra_compose(config_name=name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         cause = error.__cause__ or error
-        first = str(cause).strip().splitlines()[0]
-        key = getattr(cause, "full_key", None)
-        problems.append(f"{key} : {first}" if key else first)
+        lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
+        problems.append(" ".join(dict.fromkeys(lines)))
         return None
 
 
@@ -233,15 +239,17 @@ def _syntax_or_option_problem(text: str, loader: ConfigLoader, values: list[tupl
     key = override.key_or_group
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return None
+    if override.is_sweep_override():
+        return f"{text} : several values are a sweep (allowed: one value, or -m before them)"
     if key not in loader.list_groups(""):
         values.append((text, override))
         return None
-    if override.is_delete() or not isinstance(override.value(), str):
+    if override.is_delete():
+        return f"{text} : cannot be left out, every group has an option"
+    options, value = loader.get_group_options(key), override.value()
+    if isinstance(value, Mapping) or value in options:
         return None
-    options = loader.get_group_options(key)
-    if override.value() in options or override.value() == "null":
-        return None
-    return _not_among(text, f"no such option of the group {key}", override.value(), options)
+    return _not_among(text, f"no such option of the group {key}", str(value), options)
 
 
 def _key_problem(text: str, override: Override, cfg: DictConfig) -> str | None:
@@ -264,12 +272,12 @@ def _key_problem(text: str, override: Override, cfg: DictConfig) -> str | None:
     return None
 
 
-def _single_values(overrides: Sequence[str]) -> Iterator[list[str]]:
+def _single_values(overrides: Sequence[str], loader: ConfigLoader) -> Iterator[list[str]]:
     """The first values of a sweep, then for every further value of each swept key the same with that one in place."""
     texts: list[list[str]] = []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = OverridesParser.create(loader).parse_override(text)
             swept = override.is_sweep_override() and not override.key_or_group.startswith("hydra")
             key = override.get_key_element()
             texts.append([f"{key}={v}" for v in override.sweep_string_iterator()] if swept else [text])
@@ -321,7 +329,7 @@ def _unknown_key(given: str, key: str) -> str:
     last = key.split(".")[-1]
     near = (
         difflib.get_close_matches(key, siblings, n=1, cutoff=0.8)
-        or [k for k in _leaves() if k.split(".")[-1] == last]
+        or difflib.get_close_matches(key, [k for k in _leaves() if k.split(".")[-1] == last], n=1, cutoff=0)
         or difflib.get_close_matches(key, _leaves(), n=1, cutoff=0.8)
     )
     return _message(given, "no such key", near, f"keys of {parent[:-1]}" if parent else "keys", list(_fields(hint)))
@@ -336,7 +344,7 @@ def _expected(key: str) -> str:
 
 def _not_among(given: str, what: str, word: str, allowed: Collection[str]) -> str:
     near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
-    return _message(given, what, near, "allowed", sorted(allowed))
+    return _message(given, what, near, "allowed", sorted(allowed) or ["none yet"])
 
 
 def _message(given: str, what: str, near: Sequence[str], label: str, allowed: Sequence[str]) -> str:
@@ -349,12 +357,12 @@ def _message(given: str, what: str, near: Sequence[str], label: str, allowed: Se
 
 def problems_of(cfg: DictConfig) -> list[str]:
     """Everything wrong with a composed config: unknown, missing and refused values, contradictions."""
-    problems = [_unknown_key(key, key) for key in _unknown_keys(cfg)]
-    missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra"))
-    problems += [_missing_message(key) for key in missing]
-    if problems:
-        return problems
     try:
+        problems = [_unknown_key(key, key) for key in _unknown_keys(cfg)]
+        missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra"))
+        problems += [_missing_message(key) for key in missing]
+        if problems:
+            return problems
         config = _to_dataclasses(cfg)
     except OmegaConfBaseException as error:
         return [f"{error.full_key or 'config'} : {str(error).strip().splitlines()[0]}"]
@@ -398,7 +406,9 @@ def _refused_values(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _refused_values(value, f"{key}.")
         elif choices and value not in choices:
             yield _not_among(f"{key}={value}", "not allowed", str(value), choices)
-        elif minimum is not None and not value >= minimum:
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}={value} : not a finite number"
+        elif minimum is not None and value < minimum:
             yield f"{key}={value} : too small (allowed: {minimum} and more)"
 
 
@@ -419,7 +429,7 @@ def _refused_extras(config: Config) -> Iterator[str]:
             continue
         allowed, own = field_names(owner.source), {f.name for f in dataclasses.fields(section)}
         for name, value in section.extra.items():
-            given = f"{group}.extra.{name}={value}"
+            given = f"{group}.extra.{name}={json.dumps(value) if isinstance(value, bool) else value}"
             if name in own or name in owner.ours:
                 yield f"{given} : sft_lab sets this itself (use {owner.ours.get(name, f'{group}.{name}')})"
             elif name not in allowed:
@@ -433,8 +443,10 @@ def _contradictions(c: Config) -> Iterator[str]:
             f"quant={_QUANT_OPTION[c.quant.method]} with peft=none : a quantised base cannot be trained itself, it needs an "
             "adapter (allowed: quant=none, or peft=lora_r8, lora_r16, lora_r64)"
         )
-    if c.peft.method == "none" and (c.peft.r or c.peft.target_modules):
-        yield f"peft.r={c.peft.r} : has no effect with peft=none (allowed: peft=lora_r16 peft.r={c.peft.r or 16})"
+    if c.peft.method == "none":
+        for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "extra"):
+            if value := getattr(c.peft, key):
+                yield f"peft.{key}={value} : has no effect with peft=none (allowed: peft=lora_r16 peft.{key}={value})"
     if c.peft.method == "lora" and c.peft.r < 1:
         yield f"peft.r={c.peft.r} : too small for LoRA (allowed: 1 and more, or peft=none)"
     if c.peft.method == "lora" and not c.peft.target_modules:
@@ -472,7 +484,9 @@ def missing_files(data: DataConfig) -> list[str]:
         return []
     problems = []
     for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
-        if path and not Path(path).is_file():
+        if path and Path(path).is_dir():
+            problems.append(f"{key}={path} : is a directory (allowed: {_FILE_KINDS})")
+        elif path and not Path(path).is_file():
             folder = Path(path).parent
             names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
             near = [str(folder / n) for n in difflib.get_close_matches(Path(path).name, names, n=1)]
@@ -531,7 +545,7 @@ def with_other_data(config: Config, overrides: Sequence[str]) -> Config:
     if any(text.startswith("data=") for text in overrides):
         data = to_config(compose(overrides)).data
     else:
-        kept = [f"data.{key}={json.dumps(value)}" for key, value in dataclasses.asdict(config.data).items()]
+        kept = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in dataclasses.asdict(config.data).items()]
         data = to_config(compose([*kept, *overrides])).data
     problems = missing_files(data)
     if problems:
@@ -554,6 +568,15 @@ def load(file: Path) -> Config:
         ConfigError: the file does not fit this version's schema.
     """
     try:
-        return to_config(OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        return to_config(OmegaConf.create(_literal(yaml.safe_load(file.read_text(encoding="utf-8")))))
     except ConfigError as error:
         raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from None
+
+
+def _literal(value: Any) -> Any:
+    """A frozen config is resolved: what looks like an interpolation in it is text."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -74,6 +74,8 @@ def _rows(config: Config, data: Prepared, report: Report) -> None:
         report.add("no_supervised_token", "error", f"{len(unsupervised)} rows carry no loss", unsupervised[:20])
     for reason, rows in facts["dropped_rows"].items():
         report.add(f"dropped_{reason}", "warning", f"{len(rows)} rows left out ({reason})", rows)
+    for reason, rows in facts["dropped_eval_rows"].items():
+        report.add(f"dropped_eval_{reason}", "warning", f"{len(rows)} held-out rows left out ({reason})", rows)
     if facts["truncated_rows"]:
         rows = facts["truncated_rows"]
         report.add("truncated", "warning", f"{len(rows)} rows cut to trainer.max_length={config.trainer.max_length}", rows)

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _collect() -> dict[str, dict[str, Any]]:
     from sft_lab import config as configs
-    from sft_lab import embedded, provenance, tracking
+    from sft_lab import embedded, provenance
     from sft_lab import model as models
 
     config = configs.to_config(configs.compose([]))
@@ -37,8 +37,8 @@ def _collect() -> dict[str, dict[str, Any]]:
             "device": models.device(),
             "precision": f"{precision.training} ({precision.why})",
             "attention": config.model.attn_implementation,
-            "tracking": tracking.describe_mode(config.tracking),
-            "cache": str(embedded.cache_dir()),
+            "tracking": f"{config.tracking.method}, mode {config.tracking.mode}",
+            "cache": str(embedded.cache_root()),
             "conf": str(configs.CONF_DIR),
         },
     }

@@ -18,9 +18,8 @@ from sft_lab.runs import RunDirectory
 
 def main(argv: Sequence[str]) -> int:
     command = configs.parse_command_line(argv)
-    if command.composes:
-        configs.check_command_line(command)
-    missing = _missing_ancestors(Path("outputs") / "x" / "x")
+    run_dir = configs.check_command_line(command) if command.composes else None
+    missing = {p.resolve() for p in run_dir.parents if not p.exists()} if run_dir else set()
     failures: list[tuple[str, SftLabError]] = []
 
     def task(cfg: DictConfig) -> None:
@@ -61,10 +60,6 @@ def _run_one(cfg: DictConfig) -> None:
     from sft_lab.launch import start
 
     start(config, RunDirectory(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
-
-
-def _missing_ancestors(path: Path) -> set[Path]:
-    return {p.resolve() for p in path.parents if not p.exists()}
 
 
 def _discard_empty(run_dir: Path, missing: set[Path]) -> None:

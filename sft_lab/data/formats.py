@@ -1,6 +1,7 @@
 """From one row of a data set to chat messages, or the reason why not.
 
-A message is `{"role": ..., "content": ...}`; roles are system, user, assistant and tool.
+A message is `{"role": ..., "content": ...}`; roles are system, user, assistant and tool. `"weight": 0` keeps the loss
+off an assistant message.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class RowError(ValueError):
@@ -58,8 +59,8 @@ def _messages(row: Mapping[str, Any]) -> Any:
 
 def _prompt_completion(row: Mapping[str, Any]) -> Any:
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return [*prompt, *completion]
+    if isinstance(prompt, list) and isinstance(completion, list):  # only the completion is learned
+        return [{**m, "weight": 0} if isinstance(m, Mapping) else m for m in prompt] + completion
     return [
         {"role": "user", "content": _text(prompt, "prompt")},
         {"role": "assistant", "content": _text(completion, "completion")},
@@ -98,7 +99,7 @@ def _validated(messages: Any) -> list[Message]:
     if not messages:
         raise RowError("messages is empty")
     clean = [_validated_message(message, number) for number, message in enumerate(messages, start=1)]
-    if not any(message["role"] == "assistant" for message in clean):
+    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in clean):
         raise RowError("no assistant turn, so there is nothing to learn from it")
     return clean
 
@@ -115,7 +116,16 @@ def _validated_message(message: Any, number: int) -> Message:
         raise RowError(f"{where} has role {role!r} (allowed: {', '.join(ROLES)})")
     if not isinstance(content, str):
         raise RowError(f"{where}: content is {_kind(content)} where a text was expected")
-    return {"role": role, "content": content}
+    if message.get("tool_calls"):
+        raise RowError(f"{where} has tool_calls, which would be lost")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{where}: content is no valid Unicode, it has half of a surrogate pair") from None
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise RowError(f"{where} has weight {weight!r} (allowed: 0, 1)")
+    return {"role": role, "content": content, **({} if weight else {"weight": 0})}
 
 
 def _kind(value: Any) -> str:

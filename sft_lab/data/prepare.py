@@ -66,9 +66,9 @@ def prepare(config: Config) -> Prepared:
     used, turn_end = template.apply(tokenizer, config.chat_template.name)
     fingerprint = sources.fingerprint(config.data, [*train_rows, *eval_rows])
     train_rows, eval_rows = _split(config, train_rows, eval_rows)
-    rows = _Rows(config, tokenizer, turn_end)
-    train, held_out = rows.convert(train_rows), rows.convert(eval_rows, with_prompt=True)
-    rows.raise_problems()
+    rows, others = _Rows(config, tokenizer, turn_end), _Rows(config, tokenizer, turn_end)
+    train, held_out = rows.convert(train_rows), others.convert(eval_rows, with_prompt=True)
+    _raise_problems(rows.problems + others.problems)
     if not train:
         raise PreflightError(f"data.path={config.data.path}: no row is left to train on ({dict(rows.dropped)})")
     facts = {
@@ -83,6 +83,7 @@ def prepare(config: Config) -> Prepared:
             "dropped": {reason: len(ids) for reason, ids in rows.dropped.items()},
         },
         "dropped_rows": dict(rows.dropped),
+        "dropped_eval_rows": dict(others.dropped),
         "truncated_rows": rows.truncated,
         "tokens": {
             "total": sum(len(row["input_ids"]) for row in train),
@@ -101,7 +102,7 @@ def evaluation_rows(config: Config, tokenizer: Any, turn_end: template.TurnEnd) 
     train_rows, eval_rows = _split(config, *sources.read(config.data, config.seed))
     rows = _Rows(config, tokenizer, turn_end)
     converted = rows.convert(eval_rows or train_rows, with_prompt=True)
-    rows.raise_problems()
+    _raise_problems(rows.problems)
     if not converted:
         raise PreflightError(f"data.path={config.data.path}: no row is left to evaluate on ({dict(rows.dropped)})")
     return Dataset.from_list(converted)
@@ -133,6 +134,13 @@ def _dataset(config: Config, rows: list[dict[str, Any]]) -> Dataset:
     return pack_dataset(dataset.select_columns(["input_ids", "labels"]), config.trainer.max_length, "bfd")
 
 
+def _raise_problems(problems: list[str]) -> None:
+    if not problems:
+        return
+    more = len(problems) - _SHOWN
+    raise PreflightError(problems[:_SHOWN] + ([f"and {more} more rows"] if more > 0 else []))
+
+
 class _Rows:
     """Turns raw rows into tokens and keeps account of those it cannot."""
 
@@ -147,25 +155,20 @@ class _Rows:
         converted = (self._convert(row, with_prompt) for row in rows)
         return [row for row in converted if row is not None]
 
-    def raise_problems(self) -> None:
-        if not self.problems:
-            return
-        more = len(self.problems) - _SHOWN
-        raise PreflightError(self.problems[:_SHOWN] + ([f"and {more} more rows"] if more > 0 else []))
-
     def _convert(self, row: RawRow, with_prompt: bool) -> dict[str, Any] | None:
         try:
             if row.problem:
                 raise RowError(row.problem)
             messages = formats.to_messages(row.value, self.data.format)
             tokens = tokenize.tokenize(self.tokenizer, messages, self.turn_end)
+            prompt = tokenize.prompt_and_reference(self.tokenizer, messages) if with_prompt else None
         except RowError as error:
             return self._bad(row, str(error))
         if len(tokens["input_ids"]) > self.max_length and not self._shortened(row, tokens):
             return None
         result: dict[str, Any] = {"id": row.id, **tokens}
-        if with_prompt:
-            result["prompt_ids"], result["reference"] = tokenize.prompt_and_reference(self.tokenizer, messages)
+        if prompt:
+            result["prompt_ids"], result["reference"] = prompt
         return result
 
     def _bad(self, row: RawRow, reason: str) -> None:

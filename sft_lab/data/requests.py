@@ -6,7 +6,7 @@ It gives every machine, with no download, a task that a 135M model fails before 
 thousand rows. What keeps it learnable: names and numbers are copied or mapped one to one, the order of the overrides is
 fixed (that of OPTIONS) whatever the order of the clauses, and a command holds only what the request mentions. What
 keeps it honest: training and held-out rows share no sentence frame and no clause, only the names of things; every
-option of conf/ that needs no further argument is asked for; no command contradicts itself.
+option of conf/ that is not the default and needs no further argument is asked for; no command contradicts itself.
 
 `model=from_path` and `data=from_hub` are left out: their arguments are long names that few rows could teach to copy.
 """
@@ -26,7 +26,7 @@ from sft_lab.errors import ConfigError
 MOST_ROWS = 20_000
 
 # Share of the draws with so many clauses besides the model.
-CLAUSE_COUNTS = {1: 0.1, 2: 0.35, 3: 0.35, 4: 0.2}
+CLAUSE_COUNTS = {1: 0.2, 2: 0.45, 3: 0.35}
 MOST_OVERRIDES = 5  # the model's included: at most 62 tokens of SmolLM2, within evaluation.max_new_tokens
 
 MODELS = {
@@ -103,26 +103,11 @@ class Option:
     weight: int = 1  # beside the other options of its key
 
 
-def _switch(key: str, name: str) -> tuple[Option, Option]:
-    return (
-        Option(
-            f"{key}=true",
-            train=(f"with {name}", f"{name} on", f"with {name} enabled"),
-            eval=(f"using {name}", f"with {name} on", f"{name} enabled"),
-        ),
-        Option(
-            f"{key}=false",
-            train=(f"without {name}", f"with no {name}", f"{name} off", f"with {name} disabled"),
-            eval=(f"without any {name}", f"no {name}", f"with {name} off", f"{name} disabled"),
-        ),
-    )
-
-
 # In the order of the command; a request takes at most one of a key.
 OPTIONS = (
     Option(
         "peft=lora_r{n}",
-        train=("with rank {n}", "with a LoRA of rank {n}", "LoRA rank {n}", "using rank {n}"),
+        train=("with rank {n}", "with a LoRA of rank {n}", "LoRA rank {n}", "using rank {n}", "at rank {n}"),
         eval=("rank {n}", "with LoRA rank {n}", "using a LoRA of rank {n}", "with a rank {n} LoRA"),
         values=("8", "16", "64"),
         weight=3,
@@ -134,23 +119,13 @@ OPTIONS = (
     ),
     Option(
         "quant=nf4",
-        train=("with 4 bit weights", "with a 4-bit base", "using nf4", "quantised to 4 bit", "as QLoRA"),
+        train=("with 4 bit weights", "with a 4-bit base", "using nf4", "quantised to 4 bit", "4 bits", "as QLoRA"),
         eval=("in 4 bit", "using 4-bit weights", "on a 4 bit base", "in nf4", "4-bit", "with QLoRA"),
     ),
     Option(
         "quant=int8",
-        train=("with 8 bit weights", "with an 8-bit base", "using int8", "quantised to 8 bit"),
+        train=("with 8 bit weights", "with an 8-bit base", "using int8", "quantised to 8 bit", "8 bits"),
         eval=("in 8 bit", "using 8-bit weights", "on an 8 bit base", "in int8", "8-bit"),
-    ),
-    Option(
-        "quant=none",
-        train=("without quantisation", "with no quantization", "unquantised", "with an unquantised base"),
-        eval=("without any quantisation", "no quantisation", "with unquantised weights", "using no quantization"),
-    ),
-    Option(
-        "data=requests",
-        train=("on the requests data", "on the embedded requests", "using the built-in requests", "requests data"),
-        eval=("on the built-in requests", "with the requests data", "using the requests", "data: requests"),
     ),
     Option(
         "data=from_file data.path={n}",
@@ -159,30 +134,25 @@ OPTIONS = (
         values=FILES,
     ),
     Option(
-        "chat_template=auto",
-        train=("with its own chat template", "using the default template", "with the model's own template"),
-        eval=("using its own template", "with the default chat template", "default template"),
-    ),
-    Option(
         "chat_template={n}",
-        train=("with the {n} template", "using {n} as the chat template", "in {n} format", "{n} template"),
+        train=(
+            "with the {n} template",
+            "using {n} as the chat template",
+            "in {n} format",
+            "{n} template",
+            "on the {n} chat template",
+        ),
         eval=("using the {n} template", "with the {n} chat template", "in the {n} format", "chat template {n}"),
         values=("chatml", "zephyr"),
-        weight=2,
-    ),
-    Option(
-        "tracking=wandb",
-        train=("with wandb", "with wandb logging", "using Weights & Biases", "tracked in wandb", "log to wandb"),
-        eval=("using wandb", "with wandb tracking", "with Weights & Biases", "logged to wandb"),
     ),
     Option(
         "tracking=none",
-        train=("without wandb", "without tracking", "with no wandb", "tracking off"),
+        train=("without wandb", "without tracking", "with no wandb", "tracking off", "with no tracking"),
         eval=("without any tracking", "no wandb", "with tracking off", "without wandb logging", "no tracking"),
     ),
     Option(
         "trainer.learning_rate={n}",
-        train=("with learning rate {n}", "with a learning rate of {n}", "at lr {n}", "learning rate {n}"),
+        train=("with learning rate {n}", "with a learning rate of {n}", "at lr {n}", "learning rate {n}", "lr: {n}"),
         eval=("at learning rate {n}", "with lr {n}", "lr {n}", "using a learning rate of {n}"),
         values=("1e-5", "2e-5", "5e-5", "1e-4", "2e-4", "3e-4", "5e-4", "1e-3", "2e-3"),
     ),
@@ -200,21 +170,18 @@ OPTIONS = (
     ),
     Option(
         "trainer.per_device_train_batch_size={n}",
-        train=("with batch size {n}", "with a batch size of {n}", "in batches of {n}", "batch size {n}"),
+        train=("with batch size {n}", "with a batch size of {n}", "in batches of {n}", "batch size {n}", "batch: {n}"),
         eval=("at batch size {n}", "using a batch size of {n}", "with batches of {n}", "batches of {n}"),
         values=("2", "4", "8", "16", "32", "64"),
     ),
     Option(
-        "trainer.max_length={n}",
-        train=("with max length {n}", "with a max length of {n}", "with rows of {n} tokens", "max length {n}"),
-        eval=("at max length {n}", "using a max length of {n}", "using rows of {n} tokens", "rows of {n} tokens"),
-        values=("128", "256", "512", "1024", "2048", "4096"),
+        "trainer.packing=true",
+        train=("with packing", "packing on", "with packing enabled", "with packed rows"),
+        eval=("using packing", "with packing on", "packing enabled"),
     ),
-    *_switch("trainer.packing", "packing"),
-    *_switch("trainer.gradient_checkpointing", "gradient checkpointing"),
     Option(
         "seed={n}",
-        train=("with seed {n}", "using seed {n}", "seed {n}", "with the seed set to {n}"),
+        train=("with seed {n}", "using seed {n}", "seed {n}", "with the seed set to {n}", "on seed {n}"),
         eval=("with the seed {n}", "at seed {n}", "seed set to {n}"),
         values=tuple(str(n) for n in range(100)),
     ),

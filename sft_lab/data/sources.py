@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -96,73 +98,86 @@ def read_file(path: str) -> list[RawRow]:
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                yield number, _loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
+                yield number, _JSON.decode(line.decode()), None
             except UnicodeDecodeError as error:
                 yield number, None, f"not UTF-8 ({error.reason} at byte {error.start + 1} of the line)"
             except json.JSONDecodeError as error:
                 yield number, None, f"broken JSON ({error.msg} at column {error.colno})"
+            except RecursionError:
+                yield number, None, "broken JSON (nested too deeply)"
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        value = _loads(text)
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line, in a file that is called .json
-            yield from _read_jsonl(path)
-            return
-        row = _complete_objects_before(text, error.pos) + 1
-        raise RowError(f"row {row}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
-    values = value if isinstance(value, list) else [value]
-    yield from ((number, row, None) for number, row in enumerate(values, start=1))
-
-
-def _complete_objects_before(text: str, position: int) -> int:
-    """How many elements of a JSON array end before `position`: so many rows are good before a syntax error."""
-    decoder, place, count = json.JSONDecoder(), text.find("[") + 1, 0
-    while place > 0:
-        while place < len(text) and text[place] in " \t\r\n,":
-            place += 1
+    """An array of rows, one row alone, or one a line."""
+    text = _decoded(path)
+    place = _skip(text, 0, " \t\r\n")
+    if place == len(text):
+        return
+    if text[place] != "[":
         try:
-            _, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError:
-            return count
-        if place > position:
-            return count
-        count += 1
-    return count
+            yield 1, _JSON.decode(text), None
+        except (json.JSONDecodeError, RecursionError):
+            yield from _read_jsonl(path)
+        return
+    number, place = 1, _skip(text, place + 1, " \t\r\n")
+    while text[place : place + 1] != "]":
+        try:
+            row, place = _JSON.raw_decode(text, place)
+            place = _skip(text, place, " \t\r\n")
+            if text[place : place + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        except json.JSONDecodeError as error:
+            where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+            raise RowError(f"row {number}: broken JSON ({where})") from None
+        except RecursionError:
+            raise RowError(f"row {number}: broken JSON (nested too deeply)") from None
+        yield number, row, None
+        number, place = number + 1, _skip(text, place, " \t\r\n,")
 
 
-def _loads(text: str) -> Any:
-    def refuse_constant(name: str) -> Any:
-        raise json.JSONDecodeError(f"{name} is no JSON", text, text.find(name))
+def _refuse_constant(name: str) -> Any:
+    raise json.JSONDecodeError(f"{name} is no JSON", "", 0)
 
-    return json.loads(text, parse_constant=refuse_constant)
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _skip(text: str, place: int, characters: str) -> int:
+    while place < len(text) and text[place] in characters:
+        place += 1
+    return place
+
+
+def _decoded(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RowError(f"line {line}: not UTF-8 ({error.reason})") from None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any, str | None]]:
     csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
-                extra = row.pop(None, None)  # type: ignore[call-overload]
-                wrong = (
-                    "more cells than the header"
-                    if extra
-                    else "fewer cells than the header"
-                    if None in row.values()
-                    else None
-                )
-                yield number, row, wrong
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise RowError(f"the header names a column twice ({', '.join(names)})")
+        for number, row in enumerate(reader, start=1):
+            problem = None
+            if row.pop(None, None):  # type: ignore[call-overload]
+                problem = "more cells than the header"
+            elif None in row.values():
+                problem = "fewer cells than the header"
+            yield number, row, problem
     except csv.Error as error:
-        raise RowError(f"broken CSV ({error})") from None
+        raise RowError(f"line {reader.line_num}: broken CSV ({error})") from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any, str | None]]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from sft_lab.errors import PreflightError
 
 TEMPLATES_DIR = Path(__file__).parent.parent / "templates"
@@ -69,9 +71,13 @@ def _set(tokenizer: Any, name: str) -> None:
 def _turn_end(tokenizer: Any, used: str) -> TurnEnd:
     """The first special token that the template writes after an assistant's words."""
     words = "sft-lab-probe"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}], tokenize=False
-    )
+    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False)
+    except TemplateError as error:
+        raise PreflightError(f"chat_template={used} : it fails on a question and an answer ({error})") from None
+    if words not in text:
+        raise PreflightError(f"chat_template={used} : it leaves out what the assistant says")
     after = text[text.rindex(words) + len(words) :]
     specials = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
     for id_ in tokenizer(after, add_special_tokens=False)["input_ids"]:

@@ -24,7 +24,8 @@ def tokenize(tokenizer: Any, messages: list[Message], turn_end: TurnEnd) -> dict
     input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORE] * len(input_ids)
     for start, end in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if start <= a and b <= end and a < b]
+        # A token of white space may have an empty range, where a tokenizer trims offsets.
+        inside = [i for i, (a, b) in enumerate(offsets) if start <= a and b <= end and (a < b or a > start)]
         if not inside or input_ids[inside[-1]] != turn_end.id:
             raise RowError(f"the end of an assistant turn ({turn_end.token}) would not be trained")
         for i in inside:
@@ -34,8 +35,14 @@ def tokenize(tokenizer: Any, messages: list[Message], turn_end: TurnEnd) -> dict
 
 
 def prompt_and_reference(tokenizer: Any, messages: list[Message]) -> tuple[list[int], str]:
-    """Tokens of everything before the last assistant turn, ready for generation, and that turn's text."""
+    """Tokens of everything before the last assistant turn, ready for generation, and that turn's text.
+
+    Raises:
+        RowError: nothing comes before it.
+    """
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    if last == 0:
+        raise RowError("nothing comes before the answer, so there is nothing to ask")
     text = _render(tokenizer, messages[:last], add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"], messages[last]["content"]
 
@@ -52,18 +59,25 @@ def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool
 def _assistant_spans(tokenizer: Any, messages: list[Message], turn_end: TurnEnd) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text and, for each assistant turn, where its words begin and its end token stops."""
     text = _render(tokenizer, messages)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    starts = [_turn_start(tokenizer, messages, i, text) for i in turns]
     spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:i], add_generation_prompt=True) if i else ""
-        upto = _render(tokenizer, messages[: i + 1])
-        if not (text.startswith(before) and text.startswith(upto)):
-            raise RowError("the chat template renders earlier turns differently once later ones follow")
-        if not upto.startswith(before):
-            raise RowError("the chat template's generation prompt is not how it begins an assistant turn")
-        end = upto.rfind(turn_end.token, len(before) + len(message["content"].rstrip()))
+    for i, start, limit in zip(turns, starts, [*starts[1:], len(text)], strict=True):
+        words = messages[i]["content"].strip()  # some templates trim, some put an empty thought before the words
+        place = text.find(words, start, limit)
+        end = text.find(turn_end.token, place + len(words), limit) if place >= 0 else -1
         if end < 0:
-            raise RowError(f"an assistant turn does not end in {turn_end.token}")
-        spans.append((len(before), end + len(turn_end.token)))
+            raise RowError(f"an assistant turn does not end in {turn_end.token} after its words")
+        if messages[i].get("weight", 1):
+            spans.append((start, end + len(turn_end.token)))
     return text, spans
+
+
+def _turn_start(tokenizer: Any, messages: list[Message], i: int, text: str) -> int:
+    """Where the template's generation prompt for turn i ends in the rendered conversation."""
+    if i == 0:
+        raise RowError("begins with the assistant, so what the template writes before its words cannot be told from them")
+    before = _render(tokenizer, messages[:i], add_generation_prompt=True)
+    if not text.startswith(before):
+        raise RowError("the chat template renders what comes before an assistant turn differently once it is there")
+    return len(before)
