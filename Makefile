@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO ?= trainer.max_steps=120
+DEMO ?= peft=lora_r8 chat_template=chatml trainer.max_steps=200 trainer.per_device_train_batch_size=4
 ARGS ?=
 
 .DEFAULT_GOAL := help

@@ -26,7 +26,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -34,7 +34,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from sft_lab import runs
 from sft_lab.errors import ConfigError
 from sft_lab.library import EXTRA_OF, OPTIMIZERS, SCHEDULERS, enum_values, field_names
-from sft_lab.schema import Config, DataConfig, TrainerConfig
+from sft_lab.schema import Config, DataConfig, SweepConfig, TrainerConfig
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -59,7 +59,8 @@ def register() -> None:
 
 def _trial_id(*, _root_: DictConfig) -> str:
     """A sweep trial's directory name, from what it trains and not from how it was typed."""
-    config = to_config(OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"]))
+    own = OmegaConf.masked_copy(_root_, [key for key in _root_ if key not in ("hydra", "sweep", "tracking")])
+    config = to_config(OmegaConf.merge(OmegaConf.structured(Config(sweep=SweepConfig(name="-"))), own))
     trained = {key: value for key, value in to_dict(config).items() if key not in ("sweep", "tracking")}
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
     return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
@@ -125,14 +126,14 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     )
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
+def compose(overrides: Sequence[str], conf_dir: str | Path | None = None, name: str = "config") -> DictConfig:
     """The composed config, interpolations unresolved, without Hydra's own part.
 
     Raises:
         ConfigError: a list of everything that is wrong with `overrides`, each naming its key.
     """
-    with _hydra() as loader:
-        cfg, problems = _compose_and_check(loader, overrides, "config")
+    with _hydra(conf_dir) as loader:
+        cfg, problems = _compose_and_check(loader, overrides, name)
     if problems:
         raise ConfigError(problems)
     assert cfg is not None
@@ -167,7 +168,7 @@ def check_command_line(command: CommandLine) -> Path | None:
 
 
 @contextlib.contextmanager
-def _hydra(conf_dir: str | None = None) -> Iterator[ConfigLoader]:
+def _hydra(conf_dir: str | Path | None = None) -> Iterator[ConfigLoader]:
     """A Hydra of our own for a while, also inside a running one; gives its config loader."""
     register()
     outer = GlobalHydra.instance().hydra
@@ -224,6 +225,9 @@ def _try_compose(overrides: list[str], name: str, problems: list[str]) -> DictCo
         return hydra_compose(config_name=name, overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, ConfigKeyError) and cause.full_key:
+            problems.append(_unknown_key(f"{cause.full_key} {str(error).split(':')[0]}", cause.full_key))
+            return None
         lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
         problems.append(" ".join(dict.fromkeys(lines)))
         return None
@@ -245,7 +249,7 @@ def _syntax_or_option_problem(text: str, loader: ConfigLoader, values: list[tupl
         values.append((text, override))
         return None
     if override.is_delete():
-        return f"{text} : cannot be left out, every group has an option"
+        return f"{text} : cannot be deleted, every group has an option"
     options, value = loader.get_group_options(key), override.value()
     if isinstance(value, Mapping) or value in options:
         return None
@@ -279,8 +283,11 @@ def _single_values(overrides: Sequence[str], loader: ConfigLoader) -> Iterator[l
         try:
             override = OverridesParser.create(loader).parse_override(text)
             swept = override.is_sweep_override() and not override.key_or_group.startswith("hydra")
-            key = override.get_key_element()
-            texts.append([f"{key}={v}" for v in override.sweep_string_iterator()] if swept else [text])
+            key, value = override.get_key_element(), override.value()
+            if isinstance(value, Glob):
+                texts.append([f"{key}={name}" for name in value.filter(loader.get_group_options(key))] or [text])
+            else:
+                texts.append([f"{key}={v}" for v in override.sweep_string_iterator()] if swept else [text])
         except (HydraException, ValueError):
             texts.append([text])
     first = [values[0] for values in texts]
@@ -392,7 +399,8 @@ def _missing_message(key: str) -> str:
 
 
 def _to_dataclasses(cfg: DictConfig) -> Config:
-    plain = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "hydra"}  # type: ignore[union-attr]
+    plain: dict[str, Any] = _literal(OmegaConf.to_container(cfg, resolve=True))
+    plain.pop("hydra", None)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     return config
@@ -407,7 +415,7 @@ def _refused_values(node: Any, prefix: str = "") -> Iterator[str]:
         elif choices and value not in choices:
             yield _not_among(f"{key}={value}", "not allowed", str(value), choices)
         elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{key}={value} : not a finite number"
+            yield f"{key}={value} : not a finite number (allowed: a finite one)"
         elif minimum is not None and value < minimum:
             yield f"{key}={value} : too small (allowed: {minimum} and more)"
 

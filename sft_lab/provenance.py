@@ -23,7 +23,6 @@ _PACKAGES = (
 
 def collect(config: Config, data: Prepared) -> dict[str, Any]:
     return {
-        "sft_lab": __version__,
         "git": git_state(Path(__file__).parent),
         "packages": package_versions(),
         "hardware": hardware(),
@@ -51,7 +50,7 @@ def package_versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return {"python": platform.python_version(), **found}
+    return {"sft_lab": __version__, "python": platform.python_version(), **found}
 
 
 def hardware() -> dict[str, Any]:

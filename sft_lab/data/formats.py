@@ -60,11 +60,15 @@ def _messages(row: Mapping[str, Any]) -> Any:
 def _prompt_completion(row: Mapping[str, Any]) -> Any:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):  # only the completion is learned
-        return [{**m, "weight": 0} if isinstance(m, Mapping) else m for m in prompt] + completion
+        return [{**m, "weight": 0} if _is_assistant(m) else m for m in prompt] + completion
     return [
         {"role": "user", "content": _text(prompt, "prompt")},
         {"role": "assistant", "content": _text(completion, "completion")},
     ]
+
+
+def _is_assistant(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
 
 
 def _alpaca(row: Mapping[str, Any]) -> Any:
@@ -118,10 +122,6 @@ def _validated_message(message: Any, number: int) -> Message:
         raise RowError(f"{where}: content is {_kind(content)} where a text was expected")
     if message.get("tool_calls"):
         raise RowError(f"{where} has tool_calls, which would be lost")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise RowError(f"{where}: content is no valid Unicode, it has half of a surrogate pair") from None
     weight = message.get("weight", 1)
     if weight not in (0, 1):
         raise RowError(f"{where} has weight {weight!r} (allowed: 0, 1)")

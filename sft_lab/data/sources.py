@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:
                 yield number, None, f"not UTF-8 ({error.reason} at byte {error.start + 1} of the line)"
             except json.JSONDecodeError as error:
                 yield number, None, f"broken JSON ({error.msg} at column {error.colno})"
+            except _NoJson as error:
+                yield number, None, f"broken JSON ({error} at column {_constant(line.decode(), 0) + 1})"
             except RecursionError:
                 yield number, None, "broken JSON (nested too deeply)"
 
@@ -120,8 +123,9 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any, str | None]]:
         return
     if text[place] != "[":
         try:
-            yield 1, _JSON.decode(text), None
-        except (json.JSONDecodeError, RecursionError):
+            row = _JSON.decode(text)
+            yield 1, row, _not_utf8(row)
+        except (json.JSONDecodeError, _NoJson, RecursionError):
             yield from _read_jsonl(path)
         return
     number, place = 1, _skip(text, place + 1, " \t\r\n")
@@ -134,14 +138,27 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any, str | None]]:
         except json.JSONDecodeError as error:
             where = f"{error.msg} at line {error.lineno}, column {error.colno}"
             raise RowError(f"row {number}: broken JSON ({where})") from None
+        except _NoJson as error:
+            at = json.JSONDecodeError("", text, _constant(text, place))
+            raise RowError(f"row {number}: broken JSON ({error} at line {at.lineno}, column {at.colno})") from None
         except RecursionError:
             raise RowError(f"row {number}: broken JSON (nested too deeply)") from None
-        yield number, row, None
+        yield number, row, _not_utf8(row)
         number, place = number + 1, _skip(text, place, " \t\r\n,")
 
 
+class _NoJson(ValueError):
+    """NaN and its like, which Python's decoder would take."""
+
+
 def _refuse_constant(name: str) -> Any:
-    raise json.JSONDecodeError(f"{name} is no JSON", "", 0)
+    raise _NoJson(f"{name} is no JSON")
+
+
+def _constant(text: str, place: int) -> int:
+    """Where the first NaN or Infinity outside a string stands."""
+    found = (m.start() for m in re.finditer(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity', text[place:]) if m[0][0] != '"')
+    return place + next(found)
 
 
 _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -154,30 +171,32 @@ def _skip(text: str, place: int, characters: str) -> int:
 
 
 def _decoded(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise RowError(f"line {line}: not UTF-8 ({error.reason})") from None
+    """The file's text; bytes that are no UTF-8 become lone surrogates, which `_not_utf8` finds in their row."""
+    return path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+
+
+def _not_utf8(row: Any) -> str | None:
+    escaped = re.search("[\udc80-\udcff]", json.dumps(row, ensure_ascii=False, default=str))
+    return "not UTF-8" if escaped else None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any, str | None]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+    number = 0
     try:
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
             raise RowError(f"the header names a column twice ({', '.join(names)})")
         for number, row in enumerate(reader, start=1):
-            problem = None
+            problem = _not_utf8(row)
             if row.pop(None, None):  # type: ignore[call-overload]
                 problem = "more cells than the header"
             elif None in row.values():
                 problem = "fewer cells than the header"
             yield number, row, problem
     except csv.Error as error:
-        raise RowError(f"line {reader.line_num}: broken CSV ({error})") from None
+        raise RowError(f"row {number + 1}: broken CSV ({error})") from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any, str | None]]:

@@ -7,6 +7,7 @@ from typing import Any
 from sft_lab.data.formats import Message, RowError
 from sft_lab.data.template import TurnEnd
 
+_PROBE = "sft-lab-probe"
 IGNORE = -100  # a label without loss, as in torch.nn.CrossEntropyLoss
 
 
@@ -20,7 +21,10 @@ def tokenize(tokenizer: Any, messages: list[Message], turn_end: TurnEnd) -> dict
         RowError: the template refuses the conversation, or where its assistant turns lie cannot be proven.
     """
     text, spans = _assistant_spans(tokenizer, messages, turn_end)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    try:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except TypeError:  # what tokenizers raises for half of a surrogate pair
+        raise RowError("no valid Unicode, it has half of a surrogate pair") from None
     input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORE] * len(input_ids)
     for start, end in spans:
@@ -75,8 +79,12 @@ def _assistant_spans(tokenizer: Any, messages: list[Message], turn_end: TurnEnd)
 
 def _turn_start(tokenizer: Any, messages: list[Message], i: int, text: str) -> int:
     """Where the template's generation prompt for turn i ends in the rendered conversation."""
-    if i == 0:
-        raise RowError("begins with the assistant, so what the template writes before its words cannot be told from them")
+    if i == 0:  # nothing to prompt after: the header is what the template writes before the words of a probe
+        alone = _render(tokenizer, [{"role": "assistant", "content": _PROBE}])
+        before = alone[: alone.find(_PROBE)]
+        if _PROBE not in alone or not text.startswith(before):
+            raise RowError("begins with the assistant, and what the template writes before its words cannot be told from them")
+        return len(before)
     before = _render(tokenizer, messages[:i], add_generation_prompt=True)
     if not text.startswith(before):
         raise RowError("the chat template renders what comes before an assistant turn differently once it is there")

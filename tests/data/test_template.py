@@ -133,5 +133,5 @@ def test_a_template_that_ends_no_turn_is_refused() -> None:
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "{{ messages[0]['contents'].x }}"])
 def test_a_template_that_cannot_be_rendered_is_refused(template: str) -> None:
-    with pytest.raises(PreflightError, match="chat template"):
+    with pytest.raises(PreflightError, match="chat_template=auto"):
         apply(tokenizer_with(template=template), "auto")

@@ -165,7 +165,7 @@ WILD = {
 
 
 @pytest.mark.parametrize("messages", WILD.values(), ids=WILD)
-@pytest.mark.parametrize("family", SPECIAL)
+@pytest.mark.parametrize("family", [family for family in SPECIAL if family != "qwen3"])
 def test_labels_are_those_that_trl_marks_in_the_families_own_templates(family: str, messages: list[Message]) -> None:
     """TRL ships each family's template, and one that marks what the assistant says by {% generation %}."""
     own, marked = (TRL_TEMPLATES / f"{family}{kind}.jinja" for kind in ("", "_training"))
@@ -187,6 +187,16 @@ def test_labels_are_those_that_trl_marks_in_the_families_own_templates(family: s
     assert [label for label in row["labels"] if label != IGNORE] == spans
 
 
+def test_qwen3_trains_every_turn_of_its_own_template() -> None:
+    """It writes an empty thought before the last answer alone, so TRL's training template is another text."""
+    own = (TRL_TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer = tokenizer_with(*CHATML, template=own)
+    _, end = apply(tokenizer, "auto")
+    row = tokenize(tokenizer, chat("a", "first", "b", "second"), end)
+    trained = tokenizer.decode([label for label in row["labels"] if label != IGNORE])
+    assert trained == "first<|im_end|><think>\n\n</think>\n\nsecond<|im_end|>"
+
+
 def test_a_conversation_that_the_template_refuses_is_a_bad_row() -> None:
     template = (TRL_TEMPLATES / "gemma.jinja").read_text(encoding="utf-8")
     tokenizer = tokenizer_with(*SPECIAL["gemma"], template=template)
@@ -200,12 +210,12 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row() -> None:
     [
         (
             "{% for m in messages %}{{ m['role'] + (': ' + m['content'] + '</s>' if loop.last else '') }}{% endfor %}",
-            "renders earlier turns differently once later ones follow",
+            "does not end in </s> after its words|renders what comes before",
         ),
         (
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
             "{% if add_generation_prompt %}bot: {% endif %}",
-            "generation prompt is not how it begins an assistant turn",
+            "renders what comes before an assistant turn differently",
         ),
     ],
 )
