@@ -55,7 +55,10 @@ class Finished:
         rows = evaluation_rows(config, self.tokenizer, self.turn_end)
         settings = replace(config.evaluation, rows=len(rows) if config.data.metrics else 0)
         answers = evaluate.answer_rows(self.model, self.tokenizer, rows, self.turn_end.id, settings)
-        metrics = {"loss": self._loss(rows, config.trainer.per_device_eval_batch_size), **evaluate.score(config.data.metrics, answers, rows["reference"])}
+        metrics = {
+            "loss": self._loss(rows, config.trainer.per_device_eval_batch_size),
+            **evaluate.score(config.data.metrics, answers, rows["reference"]),
+        }
         return {"source": config.data.path or config.data.source, "rows": len(rows), "metrics": metrics}
 
     def answer(self, messages: list[Message], max_new_tokens: int) -> str:

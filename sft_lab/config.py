@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -121,9 +122,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     parser.prog = "sft_lab"
     args = parser.parse_args(list(argv))
     asks = args.help or args.hydra_help or args.info or args.shell_completion
-    return CommandLine(
-        args.overrides, args.config_dir, args.config_name or "config", args.multirun, not asks
-    )
+    return CommandLine(args.overrides, args.config_dir, args.config_name or "config", args.multirun, not asks)
 
 
 def compose(overrides: Sequence[str], conf_dir: str | Path | None = None, name: str = "config") -> DictConfig:
@@ -225,10 +224,11 @@ def _try_compose(overrides: list[str], name: str, problems: list[str]) -> DictCo
         return hydra_compose(config_name=name, overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, ConfigKeyError) and cause.full_key:
-            problems.append(_unknown_key(f"{cause.full_key} {str(error).split(':')[0]}", cause.full_key))
-            return None
         lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
+        key = re.search(r"Key .* not in .*full_key: (\S+)", " ".join(lines))
+        if key:  # a config file's mistake: Hydra names the file first
+            problems.append(_unknown_key(f"{key[1]} {lines[0].split(':')[0]}", key[1]))
+            return None
         problems.append(" ".join(dict.fromkeys(lines)))
         return None
 
@@ -332,10 +332,9 @@ def _unknown_key(given: str, key: str) -> str:
         if not dataclasses.is_dataclass(below):
             break
         parent, hint = f"{parent}{part}.", below
-    siblings = [parent + name for name in _fields(hint)]
     last = key.split(".")[-1]
     near = (
-        difflib.get_close_matches(key, siblings, n=1, cutoff=0.8)
+        [parent + name for name in difflib.get_close_matches(last, _fields(hint), n=1, cutoff=0.7)]
         or difflib.get_close_matches(key, [k for k in _leaves() if k.split(".")[-1] == last], n=1, cutoff=0)
         or difflib.get_close_matches(key, _leaves(), n=1, cutoff=0.8)
     )
@@ -452,7 +451,16 @@ def _contradictions(c: Config) -> Iterator[str]:
             "adapter (allowed: quant=none, or peft=lora_r8, lora_r16, lora_r64)"
         )
     if c.peft.method == "none":
-        for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "extra"):
+        for key in (
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+            "modules_to_save",
+            "use_rslora",
+            "use_dora",
+            "extra",
+        ):
             if value := getattr(c.peft, key):
                 yield f"peft.{key}={value} : has no effect with peft=none (allowed: peft=lora_r16 peft.{key}={value})"
     if c.peft.method == "lora" and c.peft.r < 1:
@@ -553,7 +561,10 @@ def with_other_data(config: Config, overrides: Sequence[str]) -> Config:
     if any(text.startswith("data=") for text in overrides):
         data = to_config(compose(overrides)).data
     else:
-        kept = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in dataclasses.asdict(config.data).items()]
+        kept = [
+            f"data.{key}={json.dumps(value, ensure_ascii=False)}"
+            for key, value in dataclasses.asdict(config.data).items()
+        ]
         data = to_config(compose([*kept, *overrides])).data
     problems = missing_files(data)
     if problems:

@@ -83,9 +83,7 @@ def answer_rows(model: Any, tokenizer: Any, rows: Any, turn_end_id: int, setting
     chosen = rows.select(range(min(settings.rows, len(rows)))) if len(rows) else []
     if not len(chosen):
         return []
-    return generate(
-        model, tokenizer, chosen["prompt_ids"], turn_end_id, settings.max_new_tokens, settings.batch_size
-    )
+    return generate(model, tokenizer, chosen["prompt_ids"], turn_end_id, settings.max_new_tokens, settings.batch_size)
 
 
 def score(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -34,7 +34,11 @@ EXTRA_OF = {
     ),
     "peft": Owner(
         "peft.LoraConfig",
-        (("peft", "tuners/lora/config.py", "LoraConfig"), ("peft", "config.py", "PeftConfig"), ("peft", "config.py", "PeftConfigMixin")),
+        (
+            ("peft", "tuners/lora/config.py", "LoraConfig"),
+            ("peft", "config.py", "PeftConfig"),
+            ("peft", "config.py", "PeftConfigMixin"),
+        ),
         {
             "peft_type": "peft.method",
             "task_type": "peft.method",
@@ -121,7 +125,9 @@ def _class_body(package: str, file: str, name: str) -> list[ast.stmt]:
 def enum_values(package: str, file: str, name: str) -> frozenset[str]:
     """The values of an enumeration of texts."""
     body = _class_body(package, file, name)
-    return frozenset(str(n.value.value) for n in body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant))
+    return frozenset(
+        str(n.value.value) for n in body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
+    )
 
 
 @functools.cache

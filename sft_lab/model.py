@@ -34,9 +34,13 @@ def resolve_precision(config: Config) -> Precision:
     bf16 = gpu and torch.cuda.is_bf16_supported()
     training, why = config.trainer.precision, "asked for"
     if training == "auto":
-        training, why = ("bf16", f"{device} computes in bfloat16") if bf16 else ("fp32", f"{device} is fastest in float32")
+        training, why = (
+            ("bf16", f"{device} computes in bfloat16") if bf16 else ("fp32", f"{device} is fastest in float32")
+        )
     if training == "fp16" and not gpu:
-        raise ConfigError("trainer.precision=fp16 : needs a GPU, its loss scaling has none to run on (allowed: auto, fp32, bf16)")
+        raise ConfigError(
+            "trainer.precision=fp16 : needs a GPU, its loss scaling has none to run on (allowed: auto, fp32, bf16)"
+        )
     if training == "bf16" and gpu and not bf16:
         raise ConfigError(f"trainer.precision=bf16 : {device} has no bfloat16 (allowed: auto, fp32, fp16)")
     dtype = config.model.dtype

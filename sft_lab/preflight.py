@@ -78,7 +78,9 @@ def _rows(config: Config, data: Prepared, report: Report) -> None:
         report.add(f"dropped_eval_{reason}", "warning", f"{len(rows)} held-out rows left out ({reason})", rows)
     if facts["truncated_rows"]:
         rows = facts["truncated_rows"]
-        report.add("truncated", "warning", f"{len(rows)} rows cut to trainer.max_length={config.trainer.max_length}", rows)
+        report.add(
+            "truncated", "warning", f"{len(rows)} rows cut to trainer.max_length={config.trainer.max_length}", rows
+        )
     unknown = [name for name in config.data.metrics if name not in evaluate.METRICS]
     if unknown:
         report.add("data.metrics", "error", f"no such metric: {unknown} (allowed: {', '.join(evaluate.METRICS)})")
@@ -100,7 +102,9 @@ def _model(config: Config, data: Prepared, report: Report) -> None:
     report.add("parameters", "fact", f"{trainable} of {total} parameters are trained ({trainable / total:.2%})")
     highest = max(max(ids) for ids in data.train["input_ids"])
     if highest >= vocabulary:
-        report.add("vocabulary", "error", f"token {highest} of the tokenizer has no embedding, the model has {vocabulary}")
+        report.add(
+            "vocabulary", "error", f"token {highest} of the tokenizer has no embedding, the model has {vocabulary}"
+        )
 
 
 def _count_parameters(config: Config) -> tuple[int, int, int]:

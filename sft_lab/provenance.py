@@ -27,7 +27,11 @@ def collect(config: Config, data: Prepared) -> dict[str, Any]:
         "packages": package_versions(),
         "hardware": hardware(),
         "data_fingerprint": data.facts["data_fingerprint"],
-        "model": {"path": config.model.path, "revision": config.model.revision, "fingerprint": _model_fingerprint(config)},
+        "model": {
+            "path": config.model.path,
+            "revision": config.model.revision,
+            "fingerprint": _model_fingerprint(config),
+        },
     }
 
 
@@ -35,7 +39,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit and whether the tree differs from it; None outside a checkout."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

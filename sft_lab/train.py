@@ -195,7 +195,9 @@ def _peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _track(config: Config, run: RunDirectory, tracker: tracking.Tracker, result: dict[str, Any], data: Prepared) -> None:
+def _track(
+    config: Config, run: RunDirectory, tracker: tracking.Tracker, result: dict[str, Any], data: Prepared
+) -> None:
     """The run's summary, samples and adapter, beside the team's other runs."""
     report = read_json(run.preflight)
     facts = {f"preflight/{name}": report[name] for name in ("steps", "tokens_per_step", "eval_rows", "disk_bytes")}

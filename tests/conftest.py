@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_wandb import FakeWandb
+
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -38,10 +40,23 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
+def wandb_server() -> Iterator[FakeWandb]:
+    """A server that the real client talks to; `online(server)` is the environment that leads there."""
+    with FakeWandb() as server:
+        yield server
+
+
+def online(server: FakeWandb) -> dict[str, str]:
+    return {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": server.api_key}
+
+
+@pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     """`python -m sft_lab WORDS` in the test's own directory."""
 
-    def run(*words: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        *words: str, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "sft_lab", *words],
             cwd=cwd or tmp_path,

@@ -246,10 +246,6 @@ def test_a_wrong_key_hides_no_wrong_value_of_its_group() -> None:
     assert {problem.split(" : ")[0] for problem in problems(*words)} == set(words)
 
 
-def test_null_experiment_is_the_default_and_may_be_typed() -> None:
-    assert build("experiment=null") == build()
-
-
 # ----------------------------------------------------------------------------------------------------- batch sizes
 
 

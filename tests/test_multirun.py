@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.conftest import Cli
+from tests.conftest import Cli, online
+from tests.fake_wandb import FakeWandb
 from tests.test_run import check, read
 
 GRID = [
@@ -13,32 +14,31 @@ GRID = [
 ]  # fmt: skip
 
 
-def wandb_runs(sweep: Path) -> list[dict[str, str]]:
-    from sft_lab import wandb_file
-
-    return [wandb_file.run_record(file) for file in sorted(sweep.glob("*/wandb/*run-*/run-*.wandb"))]
-
-
-def test_a_grid_is_four_runs_in_one_group(cli: Cli, tmp_path: Path) -> None:
-    check(cli(*GRID, "peft=lora_r8,lora_r16", "trainer.learning_rate=1e-3,2e-3"))
+def test_a_grid_is_four_runs_in_one_group(cli: Cli, tmp_path: Path, wandb_server: FakeWandb) -> None:
+    check(cli(*GRID, "peft=lora_r8,lora_r16", "trainer.learning_rate=1e-3,2e-3", env=online(wandb_server)))
     sweep = tmp_path / "outputs" / "sweeps" / "grid"
     trials = sorted(sweep.iterdir())
     assert len(trials) == 4
     assert {read(trial / "status.json")["state"] for trial in trials} == {"completed"}
     rates = {read(trial / "preflight.json")["config"]["trainer"]["learning_rate"] for trial in trials}
     assert rates == {1e-3, 2e-3}
-    runs = wandb_runs(sweep)
-    assert len({run["id"] for run in runs}) == 4
-    assert {run["group"] for run in runs} == {"grid"}
-    assert {run["name"] for run in runs} == {trial.name for trial in trials}
+    runs = list(wandb_server.runs.values())
+    assert len(runs) == 4
+    assert {run.group for run in runs} == {"grid"}
+    assert {run.name for run in runs} == {trial.name for trial in trials}
+    assert {run.exit_code for run in runs} == {0}
 
 
-def test_a_failing_trial_leaves_the_others_alone(cli: Cli, tmp_path: Path) -> None:
-    result = check(cli(*GRID, "trainer.learning_rate=1e-3,1e30", "trainer.max_grad_norm=0", "peft=lora_r8"), code=1)
+def test_a_failing_trial_leaves_the_others_alone(cli: Cli, tmp_path: Path, wandb_server: FakeWandb) -> None:
+    """The second of four diverges; it is marked failed here and in W&B, and the two after it train."""
+    words = ["peft=lora_r8", "trainer.learning_rate=1e-3,1e30,2e-3,3e-3", "trainer.max_grad_norm=0"]
+    result = check(cli(*GRID, *words, env=online(wandb_server)), code=1)
     trials = sorted((tmp_path / "outputs" / "sweeps" / "grid").iterdir())
     states = {trial.name: read(trial / "status.json")["state"] for trial in trials}
-    assert sorted(states.values()) == ["completed", "failed"]
+    assert sorted(states.values()) == ["completed"] * 3 + ["failed"]
     failed = next(name for name, state in states.items() if state == "failed")
     assert f"failed: {failed}" in result.stderr
     assert "diverged" in result.stderr
-    assert len({run["id"] for run in wandb_runs(tmp_path / "outputs" / "sweeps" / "grid")}) == 2
+    assert {run.name: run.exit_code == 0 for run in wandb_server.runs.values()} == {
+        name: state == "completed" for name, state in states.items()
+    }

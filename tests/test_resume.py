@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sft_lab.runs import RunDirectory
-from tests.conftest import Cli
+from tests.conftest import Cli, online
+from tests.fake_wandb import FakeWandb
 from tests.test_run import check, lines, read
 
 SIXTY = [
@@ -25,9 +26,16 @@ SIXTY = [
 ]  # fmt: skip
 
 
-def start(words: list[str], cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sft_lab", *words]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(words: list[str], cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sft_lab", *words],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
@@ -58,12 +66,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_killed_five_times_and_resumed_to_the_same_bytes(cli: Cli, tmp_path: Path, undisturbed: bytes) -> None:
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_killed_five_times_and_resumed_to_the_same_bytes(
+    tmp_path: Path, undisturbed: bytes, wandb_server: FakeWandb, mode: str
+) -> None:
     """SIGKILL at random moments; then the adapter is byte-equal, and W&B has one run with every step once."""
-    from sft_lab import wandb_file
-
-    moments = random.Random(11)
-    process = start([*SIXTY, "hydra.run.dir=run"], tmp_path)
+    env = {**online(wandb_server), "WANDB_MODE": mode}
+    moments = random.Random(f"kill {mode}")
+    process = start([*SIXTY, "hydra.run.dir=run"], tmp_path, env)
     step = 0
     for _ in range(5):
         step += moments.randint(3, 10)
@@ -71,23 +81,26 @@ def test_killed_five_times_and_resumed_to_the_same_bytes(cli: Cli, tmp_path: Pat
         time.sleep(moments.random() / 50)  # anywhere in the step, not to wait for anything
         kill(process, signal.SIGKILL)
         assert read(tmp_path / "run" / "status.json")["state"] == "running"
-        process = start(["resume", "run"], tmp_path)
+        process = start(["resume", "run"], tmp_path, env)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     run = RunDirectory(tmp_path / "run")
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == undisturbed
     steps = [event["step"] for event in run.read_metrics() if event["split"] == "train"]
     assert steps == list(range(1, 61))
-    fragments = sorted(run.wandb.glob("*run-*/run-*.wandb"))
-    assert len({fragment.name for fragment in fragments}) == 1
-    assert len(fragments) == 6
-    history = [step for fragment in fragments for step in wandb_file.steps(fragment)]
-    assert history == sorted(set(history))
-    assert set(range(1, 61)) <= set(history)
+    if mode == "offline":
+        sync = [sys.executable, "-m", "wandb", "sync", str(run.wandb)]
+        subprocess.run(sync, env={**os.environ, **online(wandb_server)}, check=True, capture_output=True, timeout=120)
+    (tracked,) = wandb_server.runs.values()
+    assert tracked.steps == sorted(set(tracked.steps))
+    assert set(range(1, 61)) <= set(tracked.steps)
+    assert tracked.exit_code == 0
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_resume_goes_on(tmp_path: Path, undisturbed: bytes, signum: int, code: int, cli: Cli) -> None:
+def test_a_signal_saves_and_resume_goes_on(
+    tmp_path: Path, undisturbed: bytes, signum: int, code: int, cli: Cli
+) -> None:
     process = start([*SIXTY, "tracking=none", "hydra.run.dir=run"], tmp_path)
     wait_for_step(process, 10)
     assert kill(process, signum) == code

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.conftest import Cli
+from tests.conftest import Cli, online
+from tests.fake_wandb import FakeWandb
 
 QUICK = [
     "model=tiny_llama", "trainer.max_steps=6", "trainer.logging_steps=2", "data.train_rows=64", "data.eval_rows=8",
@@ -34,8 +39,6 @@ def check(result: subprocess.CompletedProcess[str], code: int = 0) -> subprocess
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run's directory, and what the terminal showed."""
-    import sys
-
     path = tmp_path_factory.mktemp("finished")
     words = [*QUICK, "peft=lora_r8", "trainer.eval_steps=3", "trainer.save_steps=3", "hydra.run.dir=run"]
     command = [sys.executable, "-m", "sft_lab", *words]
@@ -81,7 +84,14 @@ def test_metrics_have_steps_and_count_real_tokens(finished: tuple[Path, str]) ->
 
 def test_the_terminal_tells_what_matters(finished: tuple[Path, str]) -> None:
     _, shown = finished
-    for words in ("wandb sync", "precision: fp32", "64 to train on", "step 2/6", "tokens/s", "exact match before training"):
+    for words in (
+        "wandb sync",
+        "precision: fp32",
+        "64 to train on",
+        "step 2/6",
+        "tokens/s",
+        "exact match before training",
+    ):
         assert words in shown
     assert "FutureWarning" not in shown
 
@@ -178,3 +188,43 @@ def test_bad_rows_are_refused_or_left_out_on_the_record(cli: Cli, tmp_path: Path
     assert report["rows"] == {"read": 5, "kept": 3, "dropped": {"bad": 2}}
     finding = next(f for f in report["findings"] if f["name"] == "dropped_bad")
     assert [row.split(": ")[0] for row in finding["rows"]] == ["rows.jsonl:3", "rows.jsonl:4"]
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_has_the_whole_run(cli: Cli, tmp_path: Path, wandb_server: FakeWandb, mode: str) -> None:
+    """Config, group, tags, notes, metrics with steps, sample table and adapter, live or by the command that was shown."""
+    settings = [
+        "tracking.project=p",
+        "tracking.group=g",
+        "tracking.tags=[a,b]",
+        "tracking.notes=why",
+        "tracking.name=n",
+    ]
+    words = [*QUICK, *settings, f"tracking.mode={mode}", "hydra.run.dir=run"]
+    shown = check(cli(*words, env={**online(wandb_server), "WANDB_MODE": ""})).stdout
+    if mode == "offline":
+        (command,) = re.findall("wandb sync .*", shown)
+        sync = [sys.executable, "-m", *shlex.split(command)]
+        subprocess.run(sync, env={**os.environ, **online(wandb_server)}, check=True, capture_output=True, timeout=120)
+    (run,) = wandb_server.runs.values()
+    assert (run.project, run.group, run.name, run.tags, run.notes, run.exit_code) == (
+        "p",
+        "g",
+        "n",
+        ["a", "b"],
+        "why",
+        0,
+    )
+    assert run.config["sft_lab"]["value"]["peft"]["r"] == 16
+    losses = {row["_step"]: row["train/loss"] for row in run.history if "train/loss" in row}
+    events = lines(tmp_path / "run" / "metrics.jsonl")
+    assert losses == {event["step"]: event["loss"] for event in events if event["split"] == "train"}
+    assert {"eval/exact_match", "eval/loss"} <= {key for row in run.history for key in row}
+    assert any(row.get("samples", {}).get("_type") == "table-file" for row in run.history)
+    assert run.summary["preflight/steps"] == 6
+    model = next(artifact for artifact in wandb_server.artifacts.values() if artifact.type == "model")
+    assert model.committed
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(model.files)
+    assert model.metadata["base_model"] == "embedded:tiny_llama"
+    assert model.metadata["data_fingerprint"] == read(tmp_path / "run" / "provenance.json")["data_fingerprint"]
+    assert model.metadata["config"]["peft"]["r"] == 16

@@ -55,7 +55,10 @@ def plain_loop(model: Any, batches: list[dict[str, torch.Tensor]], accumulation:
         for batch in micro:
             logits = model(input_ids=batch["input_ids"]).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]), batch["labels"][:, 1:].reshape(-1), ignore_index=IGNORE, reduction="sum"
+                logits.reshape(-1, logits.shape[-1]),
+                batch["labels"][:, 1:].reshape(-1),
+                ignore_index=IGNORE,
+                reduction="sum",
             )
             (loss / supervised).backward()
             total += float(loss.detach()) / supervised
@@ -225,7 +228,12 @@ def test_every_trainer_key_reaches_sft_config(tmp_path: Path) -> None:
         "eval_steps": 11, "save_steps": 13, "save_total_limit": 4, "dataloader_num_workers": 1, "gradient_checkpointing": True,
     }  # fmt: skip
     overrides = [f"trainer.{key}={value}" for key, value in given.items()]
-    overrides += ["trainer.use_reentrant=true", "trainer.precision=bf16", "trainer.extra.neftune_noise_alpha=5", "seed=9"]
+    overrides += [
+        "trainer.use_reentrant=true",
+        "trainer.precision=bf16",
+        "trainer.extra.neftune_noise_alpha=5",
+        "seed=9",
+    ]
     config = configs.to_config(configs.compose(["model=tiny_llama", *overrides]))
     arguments = trainers.build_arguments(config, RunDirectory(tmp_path))
     for key, value in given.items():

@@ -14,7 +14,9 @@ from sft_lab.runs import RunDirectory
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="sft_lab eval", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR")
-    parser.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help="other rows, as on a training's command line")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.KEY=VALUE", help="other rows, as on a training's command line"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     args = parser.parse_args(argv)
     run = RunDirectory.open(args.run_dir)
@@ -33,4 +35,3 @@ def _told(result: dict[str, Any]) -> str:
     lines = [f"{result['rows']} rows of {result['source']}"]
     lines += [f"{name.replace('_', ' ')}: {value:.4f}" for name, value in result["metrics"].items()]
     return "\n".join(lines)
-

@@ -152,7 +152,13 @@ OPTIONS = (
     ),
     Option(
         "trainer.learning_rate={n}",
-        train=("with learning rate {n}", "with a learning rate of {n}", "at lr {n}", "learning rate {n}", "learning rate: {n}"),
+        train=(
+            "with learning rate {n}",
+            "with a learning rate of {n}",
+            "at lr {n}",
+            "learning rate {n}",
+            "learning rate: {n}",
+        ),
         eval=("at learning rate {n}", "with lr {n}", "lr {n}", "using a learning rate of {n}"),
         values=("1e-5", "2e-5", "5e-5", "1e-4", "2e-4", "3e-4", "5e-4", "1e-3", "2e-3"),
     ),

@@ -83,7 +83,9 @@ def _turn_start(tokenizer: Any, messages: list[Message], i: int, text: str) -> i
         alone = _render(tokenizer, [{"role": "assistant", "content": _PROBE}])
         before = alone[: alone.find(_PROBE)]
         if _PROBE not in alone or not text.startswith(before):
-            raise RowError("begins with the assistant, and what the template writes before its words cannot be told from them")
+            raise RowError(
+                "begins with the assistant, and what the template writes before its words cannot be told from them"
+            )
         return len(before)
     before = _render(tokenizer, messages[:i], add_generation_prompt=True)
     if not text.startswith(before):

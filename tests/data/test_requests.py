@@ -16,7 +16,13 @@ from sft_lab.schema import Config
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-DEFAULTS = {"model=smollm2_135m", "peft=lora_r16", "quant=none", "chat_template=auto", "tracking=wandb"}  # may go unasked
+DEFAULTS = {
+    "model=smollm2_135m",
+    "peft=lora_r16",
+    "quant=none",
+    "chat_template=auto",
+    "tracking=wandb",
+}  # may go unasked
 NEED_ARGUMENTS = {"model=from_path"}  # asked for by a long name, see the module
 EXAMPLE = "tune mistral in 4 bit, rank 64"
 
