@@ -66,18 +66,19 @@ class Metrics(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.step(state.global_step)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last step too, where logging_steps does not divide
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" not in logs:  # an evaluation, or the summary at the end of training
             return
         assert self.counter is not None
         now, tokens = self.time_s, self.counter.total
-        event = {
+        event: dict[str, Any] = {
             "step": state.global_step,
             "split": "train",
             "time_s": round(now, 3),
-            **{key: logs[key] for key in ("loss", "grad_norm", "learning_rate", "epoch", "entropy", "mean_token_accuracy")
-               if key in logs},
+            **{key: logs[key] for key in _TRAIN_KEYS if key in logs},
             "tokens": tokens,
             "tokens_per_s": round((tokens - self._last[1]) / max(now - self._last[0], 1e-9), 1),
         }  # fmt: skip
@@ -103,6 +104,7 @@ class Metrics(TrainerCallback):
         self.tracker.log(flatten_event(event), event["step"])
 
 
+_TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "entropy", "mean_token_accuracy")
 _EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_runtime")
 
 
@@ -118,7 +120,7 @@ class Seal(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """SIGINT and SIGTERM: in training, save at the next step's end and leave; elsewhere, or the second time, at once."""
+    """SIGINT and SIGTERM: in training, save at the step's end and leave; elsewhere, or the second time, at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None

@@ -41,6 +41,7 @@ _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 _QUANT_OPTION = {"bnb_4bit": "nf4", "bnb_8bit": "int8"}  # as a person types them
 _FILE_KINDS = "a .jsonl, .json, .csv or .parquet file"
+_LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "extra")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -60,11 +61,18 @@ def register() -> None:
 
 def _trial_id(*, _root_: DictConfig) -> str:
     """A sweep trial's directory name, from what it trains and not from how it was typed."""
-    own = OmegaConf.masked_copy(_root_, [key for key in _root_ if key not in ("hydra", "sweep", "tracking")])
-    config = to_config(OmegaConf.merge(OmegaConf.structured(Config(sweep=SweepConfig(name="-"))), own))
+    own = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in ("hydra", "sweep", "tracking")])
+    config = to_config(_schema_with(own))
     trained = {key: value for key, value in to_dict(config).items() if key not in ("sweep", "tracking")}
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
     return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
+
+
+def _schema_with(cfg: DictConfig) -> DictConfig:
+    """A config without `sweep` and `tracking`, made complete."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config(sweep=SweepConfig(name="-"))), cfg)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def groups(conf_dir: Path = CONF_DIR) -> dict[str, dict[str, str]]:
@@ -283,7 +291,8 @@ def _single_values(overrides: Sequence[str], loader: ConfigLoader) -> Iterator[l
         try:
             override = OverridesParser.create(loader).parse_override(text)
             swept = override.is_sweep_override() and not override.key_or_group.startswith("hydra")
-            key, value = override.get_key_element(), override.value()
+            key = override.get_key_element()
+            value: Any = override.value()
             if isinstance(value, Glob):
                 texts.append([f"{key}={name}" for name in value.filter(loader.get_group_options(key))] or [text])
             else:
@@ -304,7 +313,7 @@ def _fields(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _leaves(kind: type = Config, prefix: str = "") -> list[str]:
+def _leaves(kind: Any = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the schema."""
     keys = []
     for name, hint in _fields(kind).items():
@@ -381,7 +390,7 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for name in node:
-            key = f"{prefix}{name}"
+            key = prefix + str(name)
             hint = _hint(key)
             if key == "hydra":
                 continue
@@ -447,8 +456,8 @@ def _contradictions(c: Config) -> Iterator[str]:
     """What is right by itself and wrong together."""
     if c.quant.method != "none" and c.peft.method == "none":
         yield (
-            f"quant={_QUANT_OPTION[c.quant.method]} with peft=none : a quantised base cannot be trained itself, it needs an "
-            "adapter (allowed: quant=none, or peft=lora_r8, lora_r16, lora_r64)"
+            f"quant={_QUANT_OPTION[c.quant.method]} with peft=none : a quantised base cannot be trained itself, it "
+            "needs an adapter (allowed: quant=none, or peft=lora_r8, lora_r16, lora_r64)"
         )
     if c.peft.method == "none":
         for key in (
@@ -475,7 +484,7 @@ def _contradictions(c: Config) -> Iterator[str]:
             "nothing to train (allowed: one of them above 0)"
         )
     if c.distributed.method == "single" and c.distributed.num_processes != 1:
-        yield f"distributed.num_processes={c.distributed.num_processes} : distributed=single is one process (allowed: 1)"
+        yield f"distributed.num_processes={c.distributed.num_processes} : distributed=single is one (allowed: 1)"
 
 
 def _data_contradictions(c: Config) -> Iterator[str]:

@@ -80,10 +80,11 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: An
 
 def answer_rows(model: Any, tokenizer: Any, rows: Any, turn_end_id: int, settings: EvaluationConfig) -> list[str]:
     """Answers to the first `evaluation.rows` held-out rows."""
-    chosen = rows.select(range(min(settings.rows, len(rows)))) if len(rows) else []
-    if not len(chosen):
+    count = min(settings.rows, len(rows))
+    if not count:
         return []
-    return generate(model, tokenizer, chosen["prompt_ids"], turn_end_id, settings.max_new_tokens, settings.batch_size)
+    prompts = rows.select(range(count))["prompt_ids"]
+    return generate(model, tokenizer, prompts, turn_end_id, settings.max_new_tokens, settings.batch_size)
 
 
 def score(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -116,7 +116,8 @@ SCHEDULERS = ("transformers", "trainer_utils.py", "SchedulerType")
 
 def _class_body(package: str, file: str, name: str) -> list[ast.stmt]:
     spec = find_spec(package)
-    assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
+    assert spec is not None, f"{package} is not installed"
+    assert spec.submodule_search_locations
     tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
     return next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name).body
 

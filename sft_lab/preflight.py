@@ -7,7 +7,8 @@ import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft_lab import adapter, config as configs, evaluate
+from sft_lab import adapter, evaluate
+from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab.data.prepare import Prepared
 from sft_lab.data.tokenize import IGNORE

@@ -176,7 +176,7 @@ class RunDirectory:
 
     def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, and why each newer one was passed over."""
-        passed_over = []
+        passed_over: list[str] = []
         for checkpoint in sorted(self.checkpoints.glob("checkpoint-*"), key=_step_of, reverse=True):
             problem = _damage(checkpoint)
             if problem is None:

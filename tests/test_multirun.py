@@ -17,7 +17,7 @@ GRID = [
 def test_a_grid_is_four_runs_in_one_group(cli: Cli, tmp_path: Path, wandb_server: FakeWandb) -> None:
     check(cli(*GRID, "peft=lora_r8,lora_r16", "trainer.learning_rate=1e-3,2e-3", env=online(wandb_server)))
     sweep = tmp_path / "outputs" / "sweeps" / "grid"
-    trials = sorted(sweep.iterdir())
+    trials = sorted(p for p in sweep.iterdir() if p.is_dir())
     assert len(trials) == 4
     assert {read(trial / "status.json")["state"] for trial in trials} == {"completed"}
     rates = {read(trial / "preflight.json")["config"]["trainer"]["learning_rate"] for trial in trials}
@@ -33,7 +33,7 @@ def test_a_failing_trial_leaves_the_others_alone(cli: Cli, tmp_path: Path, wandb
     """The second of four diverges; it is marked failed here and in W&B, and the two after it train."""
     words = ["peft=lora_r8", "trainer.learning_rate=1e-3,1e30,2e-3,3e-3", "trainer.max_grad_norm=0"]
     result = check(cli(*GRID, *words, env=online(wandb_server)), code=1)
-    trials = sorted((tmp_path / "outputs" / "sweeps" / "grid").iterdir())
+    trials = sorted(p for p in (tmp_path / "outputs" / "sweeps" / "grid").iterdir() if p.is_dir())
     states = {trial.name: read(trial / "status.json")["state"] for trial in trials}
     assert sorted(states.values()) == ["completed"] * 3 + ["failed"]
     failed = next(name for name, state in states.items() if state == "failed")

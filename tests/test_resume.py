@@ -66,7 +66,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("mode", ["online", pytest.param("offline", marks=pytest.mark.slow)])
 def test_killed_five_times_and_resumed_to_the_same_bytes(
     tmp_path: Path, undisturbed: bytes, wandb_server: FakeWandb, mode: str
 ) -> None:

@@ -201,7 +201,7 @@ def test_wandb_has_the_whole_run(cli: Cli, tmp_path: Path, wandb_server: FakeWan
         "tracking.name=n",
     ]
     words = [*QUICK, *settings, f"tracking.mode={mode}", "hydra.run.dir=run"]
-    shown = check(cli(*words, env={**online(wandb_server), "WANDB_MODE": ""})).stdout
+    shown = check(cli(*words, env={**online(wandb_server), "WANDB_MODE": mode})).stdout
     if mode == "offline":
         (command,) = re.findall("wandb sync .*", shown)
         sync = [sys.executable, "-m", *shlex.split(command)]

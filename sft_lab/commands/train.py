@@ -53,7 +53,7 @@ class _Stop(SystemExit):
 
 def _run_one(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
-    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     config = configs.to_config(own)
     if hydra_config.mode == RunMode.MULTIRUN and not config.tracking.group:
         config.tracking.group = config.sweep.name

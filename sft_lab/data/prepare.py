@@ -1,4 +1,4 @@
-"""The data of one run: read, normalise, template, tokenize, mask, cut or drop, pack. In one process, before any rank."""
+"""The data of one run, made in one process before any rank: read, template, tokenize, mask, cut or drop, pack."""
 
 from __future__ import annotations
 
@@ -163,7 +163,8 @@ class _Rows:
             tokens = tokenize.tokenize(self.tokenizer, messages, self.turn_end)
             prompt = tokenize.prompt_and_reference(self.tokenizer, messages) if with_prompt else None
         except RowError as error:
-            return self._bad(row, str(error))
+            self._bad(row, str(error))
+            return None
         if len(tokens["input_ids"]) > self.max_length and not self._shortened(row, tokens):
             return None
         result: dict[str, Any] = {"id": row.id, **tokens}

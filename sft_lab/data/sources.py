@@ -190,7 +190,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any, str | None]]:
             raise RowError(f"the header names a column twice ({', '.join(names)})")
         for number, row in enumerate(reader, start=1):
             problem = _not_utf8(row)
-            if row.pop(None, None):  # type: ignore[call-overload]
+            if row.pop(None, None):
                 problem = "more cells than the header"
             elif None in row.values():
                 problem = "fewer cells than the header"
