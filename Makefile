@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= peft=lora_r8 chat_template=chatml trainer.max_steps=200 trainer.per_device_train_batch_size=4
 ARGS ?=
+# One file a worker, so that what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check test-all bench clean
@@ -16,16 +18,16 @@ demo: $(VENV)/.stamp ## a short fine-tuning on this machine, start to end
 	$(BIN)/python -m sft_lab $(DEMO)
 
 test: $(VENV)/.stamp ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
-check: $(VENV)/.stamp ## lint, format, types, then `make test`: what a commit must pass
+check: $(VENV)/.stamp ## lint, format, types and the tests that train nothing through the command line
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not e2e" $(ARGS)
 
 test-all: $(VENV)/.stamp ## every test that needs no GPU
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 bench: $(VENV)/.stamp ## measurements, side by side (ARGS=NAME for one of them)
 	$(BIN)/python tests/bench.py $(ARGS)

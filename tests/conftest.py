@@ -12,6 +12,9 @@ import pytest
 
 from tests.fake_wandb import FakeWandb
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -20,11 +23,10 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A home of our own: no W&B key, no hub, and a cache that this session fills itself."""
     home = tmp_path_factory.mktemp("home")
-    keep = {name: value for name, value in os.environ.items() if name in ("SFT_LAB_TEST_CACHE",)}
     settings = {
         "HOME": str(home),
         "XDG_CACHE_HOME": str(home / "cache"),
-        "SFT_LAB_CACHE": keep.get("SFT_LAB_TEST_CACHE", str(home / "cache" / "sft_lab")),
+        "SFT_LAB_CACHE": str(home / "cache" / "sft_lab"),
         "HF_HOME": str(home / "hf"),
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Cli, online
 from tests.fake_wandb import FakeWandb
 from tests.test_run import check, read
+
+pytestmark = pytest.mark.e2e
 
 GRID = [
     "-m", "model=tiny_llama", "trainer.max_steps=5", "trainer.logging_steps=1", "data.train_rows=40",

@@ -18,6 +18,8 @@ from tests.conftest import Cli, online
 from tests.fake_wandb import FakeWandb
 from tests.test_run import check, lines, read
 
+pytestmark = pytest.mark.e2e
+
 SIXTY = [
     "model=tiny_llama", "peft=lora_r8", "peft.lora_dropout=0.1", "trainer.max_steps=60", "trainer.packing=false",
     "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=4", "trainer.dataloader_num_workers=2",

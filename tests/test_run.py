@@ -17,6 +17,8 @@ import yaml
 from tests.conftest import Cli, online
 from tests.fake_wandb import FakeWandb
 
+pytestmark = pytest.mark.e2e
+
 QUICK = [
     "model=tiny_llama", "trainer.max_steps=6", "trainer.logging_steps=2", "data.train_rows=64", "data.eval_rows=8",
     "evaluation.rows=4", "evaluation.max_new_tokens=8",
