@@ -7,8 +7,10 @@ The cache is $SFT_LAB_CACHE, else $XDG_CACHE_HOME/sft_lab, else ~/.cache/sft_lab
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
+import io
 import logging
 import os
 import shlex
@@ -147,9 +149,10 @@ def _make_smollm2(directory: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
         # without this the model calls itself quantised, and may stay packed where there are kernels for it
         plain = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=file, quantization_config=plain, dtype=torch.bfloat16
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that knows no switch
+            model = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=file, quantization_config=plain, dtype=torch.bfloat16
+            )
 
     # The GGUF names its pre-tokenizer ("smollm": each digit by itself, then GPT-2's pattern), but the conversion knows
     # only GPT-2's, which splits "a  12" into other tokens than the model was trained on.

@@ -20,12 +20,14 @@ def main(argv: Sequence[str]) -> int:
     run = RunDirectory.open(args.run_dir)
     run.require_adapter()
     from sft_lab.answering import Finished
+    from sft_lab.logs import run_log
 
-    finished = Finished.load(run)
-    if args.prompt is not None:
-        print(finished.answer([{"role": "user", "content": args.prompt}], args.max_new_tokens))
-        return 0
-    _talk(finished, args.max_new_tokens)
+    with run_log():
+        finished = Finished.load(run)
+        if args.prompt is None:
+            _talk(finished, args.max_new_tokens)
+        else:
+            print(finished.answer([{"role": "user", "content": args.prompt}], args.max_new_tokens))
     return 0
 
 

@@ -25,8 +25,10 @@ def main(argv: Sequence[str]) -> int:
     if args.overrides:
         config = configs.with_other_data(config, args.overrides)
     from sft_lab.answering import Finished
+    from sft_lab.logs import run_log
 
-    result = Finished.load(run).evaluate(config)
+    with run_log():
+        result = Finished.load(run).evaluate(config)
     print(json.dumps(result, indent=2) if args.json else _told(result))
     return 0
 

@@ -29,6 +29,9 @@ MOST_ROWS = 20_000
 CLAUSE_COUNTS = {1: 0.2, 2: 0.45, 3: 0.35}
 MOST_OVERRIDES = 5  # the model's included: at most 62 tokens of SmolLM2, within evaluation.max_new_tokens
 
+# What people ask for most beside the model: how often such a key is drawn, where any other is drawn once.
+KEY_WEIGHTS = {"peft": 3, "quant": 2}
+
 MODELS = {
     "mistral7b": ("mistral", "mistral 7b", "Mistral 7B"),
     "llama7b": ("llama 2", "llama 7b", "Llama 2 7B"),
@@ -242,12 +245,21 @@ def _draw_options(rng: Random) -> list[tuple[Option, str]]:
     while True:
         count = rng.choices(list(CLAUSE_COUNTS), list(CLAUSE_COUNTS.values()))[0]
         drawn = []
-        for i in sorted(rng.sample(range(len(BY_KEY)), count)):
+        for i in _draw_keys(rng, count):
             option = rng.choices(BY_KEY[i], [option.weight for option in BY_KEY[i]])[0]
             drawn.append((option, rng.choice(option.values)))
         overrides = _overrides(drawn)
         if len(overrides) < MOST_OVERRIDES and not _conflict(overrides):
             return drawn
+
+
+def _draw_keys(rng: Random, count: int) -> list[int]:
+    """Distinct places in BY_KEY, in order."""
+    keys = [options[0].overrides.split("=")[0] for options in BY_KEY]
+    weights, places = [KEY_WEIGHTS.get(key, 1) for key in keys], set[int]()
+    while len(places) < count:
+        places |= set(rng.choices(range(len(keys)), weights))
+    return sorted(places)
 
 
 def _draw_model(rng: Random, overrides: list[str]) -> str:

@@ -61,10 +61,10 @@ def phrasings(split: str) -> set[str]:
 def test_first_rows_never_change(rows):
     """A run's record names this data by its seed alone, so another version of Python must make the same rows."""
     assert [tuple(message["content"] for message in split[0]["messages"]) for split in rows] == [
-        ("using nf4: train llama 3 8b", "python -m sft_lab model=llama3_8b quant=nf4"),
+        ("LoRA rank 16: train llama 3 8b", "python -m sft_lab model=llama3_8b peft=lora_r16"),
         (
-            "What is the command to tune Llama 3.1 8B with batches of 8, at learning rate 2e-4?",
-            "python -m sft_lab model=llama3_8b trainer.learning_rate=2e-4 trainer.per_device_train_batch_size=8",
+            "How would I train llama 2 with the zephyr chat template, on an 8 bit base, on data from emails.jsonl?",
+            "python -m sft_lab model=llama7b quant=int8 data=from_file data.path=emails.jsonl chat_template=zephyr",
         ),
     ]
 
