@@ -83,7 +83,7 @@ def _train(run: RunDirectory, stop: Stop, messages: RunLog) -> None:
         raise
     except Exception as error:
         run.set_status("failed", error=f"{type(error).__name__}: {error}")
-        log.debug("the run failed", exc_info=True)
+        log.error("the run failed", exc_info=True)
         raise RunError(f"{type(error).__name__}: {error} (the traceback is in {run.log})") from error
     finally:
         run.unlock()

@@ -14,9 +14,11 @@ _LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "bitsandb
 
 
 class _Terminal(logging.Handler):
-    """Our own messages, plainly, on standard error."""
+    """Our own messages, plainly, on standard error; a traceback is for the file."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            return
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
 

@@ -138,6 +138,7 @@ def test_a_run_in_use_is_not_resumed(tmp_path: Path, cli: Cli) -> None:
     process = start([*SIXTY, "tracking=none", "hydra.run.dir=run"], tmp_path)
     try:
         wait_for_step(process, 1)
+        process.send_signal(signal.SIGSTOP)  # it would be done before the other has started
         assert "in use by another process" in check(cli("resume", "run"), code=2).stderr
     finally:
         kill(process, signal.SIGKILL)

@@ -38,7 +38,8 @@ class Prepared:
     def save(self, run: RunDirectory) -> None:
         with whole_directory(run.data) as folder:
             self.train.save_to_disk(str(folder / "train"))
-            self.eval.save_to_disk(str(folder / "eval"))
+            if len(self.eval):  # an empty one cannot be read back
+                self.eval.save_to_disk(str(folder / "eval"))
             self.tokenizer.save_pretrained(str(folder / "tokenizer"))
             write_json(folder / "facts.json", self.facts)
 
@@ -48,7 +49,7 @@ class Prepared:
 
         return cls(
             train=load_from_disk(str(run.data / "train")),
-            eval=load_from_disk(str(run.data / "eval")),
+            eval=load_from_disk(str(run.data / "eval")) if (run.data / "eval").is_dir() else Dataset.from_list([]),
             tokenizer=AutoTokenizer.from_pretrained(str(run.data / "tokenizer")),
             facts=read_json(run.data / "facts.json"),
         )
