@@ -112,6 +112,7 @@ def _evaluate_before(
 def _evaluate_after(config: Config, run: RunDirectory, data: Prepared, trainer: Any, tracker: Any) -> dict[str, float]:
     """Loss and metrics on the held-out rows, and samples.jsonl."""
     if not len(data.eval):
+        write_text(run.samples, "")
         return {}
     loss = {"eval_loss": trainer.evaluate()["eval_loss"]}
     answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.eval, data.turn_end_id, config.evaluation)
