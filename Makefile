@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO ?= peft=lora_r8 chat_template=chatml trainer.max_steps=240 trainer.per_device_train_batch_size=4
+DEMO ?= peft=lora_r8 chat_template=chatml trainer.max_steps=200 trainer.per_device_train_batch_size=4
 ARGS ?=
 # One file a worker, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8

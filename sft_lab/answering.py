@@ -12,6 +12,7 @@ from sft_lab.data.formats import Message
 from sft_lab.data.prepare import evaluation_rows
 from sft_lab.data.template import TurnEnd
 from sft_lab.data.tokenize import IGNORE
+from sft_lab.errors import PreflightError
 from sft_lab.runs import RunDirectory, read_json
 from sft_lab.schema import Config
 from sft_lab.trainer import Collator
@@ -44,7 +45,8 @@ class Finished:
         model.to(models.device()).eval()
         facts = read_json(run.data / "facts.json")
         turn_end = TurnEnd(facts["turn_end"], facts["turn_end_id"])
-        return cls(config, model, AutoTokenizer.from_pretrained(str(adapter)), turn_end)
+        trust = config.model.trust_remote_code
+        return cls(config, model, AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust), turn_end)
 
     def evaluate(self, config: Config) -> dict[str, Any]:
         """Metrics over all held-out rows that `config.data` names, or all its rows where it holds none out.
@@ -52,6 +54,9 @@ class Finished:
         Raises:
             PreflightError: the rows cannot be read or used.
         """
+        unknown = [name for name in config.data.metrics if name not in evaluate.METRICS]
+        if unknown:
+            raise PreflightError(f"data.metrics={unknown} : no such metric (allowed: {', '.join(evaluate.METRICS)})")
         rows = evaluation_rows(config, self.tokenizer, self.turn_end)
         settings = replace(config.evaluation, rows=len(rows) if config.data.metrics else 0)
         answers = evaluate.answer_rows(self.model, self.tokenizer, rows, self.turn_end.id, settings)

@@ -47,8 +47,8 @@ class Metrics(TrainerCallback):
         self._before_s = trained[-1]["time_s"] if trained else 0.0
         self.past_tokens = trained[-1]["tokens"] if trained else 0
         self._last = (0.0, self.past_tokens)
-        self._began = 0.0
-        self.trained_s = 0.0  # time_s as training ended
+        self._began = time.perf_counter()
+        self.trained_s = self._before_s  # time_s as training ended
 
     @property
     def time_s(self) -> float:
@@ -83,7 +83,8 @@ class Metrics(TrainerCallback):
             "tokens_per_s": round((tokens - self._last[1]) / max(now - self._last[0], 1e-9), 1),
         }  # fmt: skip
         self._last = (now, tokens)
-        for key in ("loss", "grad_norm"):
+        # In fp16 the loss scaler finds its scale by overflowing: such a step has no finite gradient and is skipped.
+        for key in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(event.get(key, 0.0)):
                 raise RunError(
                     f"{key} is {event[key]} at step {state.global_step}: training has diverged "

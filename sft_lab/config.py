@@ -62,7 +62,7 @@ def register() -> None:
 def _trial_id(*, _root_: DictConfig) -> str:
     """A sweep trial's directory name, from what it trains and not from how it was typed."""
     own = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in ("hydra", "sweep", "tracking")])
-    config = to_config(_schema_with(own))
+    config = _agreed(_to_dataclasses(_schema_with(own)))  # unchecked: a bad trial fails as a trial, not here
     trained = {key: value for key, value in to_dict(config).items() if key not in ("sweep", "tracking")}
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
     return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
@@ -549,7 +549,11 @@ def to_config(cfg: DictConfig) -> Config:
     problems = problems_of(cfg)
     if problems:
         raise ConfigError(problems)
-    config = _to_dataclasses(cfg)
+    return _agreed(_to_dataclasses(cfg))
+
+
+def _agreed(config: Config) -> Config:
+    """The config with rows a step and accumulation following from each other."""
     trainer = config.trainer
     micro = trainer.per_device_train_batch_size * config.distributed.num_processes
     if trainer.global_batch_size:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 import yaml
 
@@ -11,9 +15,9 @@ from sft_lab import preflight, provenance, train
 from sft_lab.callbacks import Stop
 from sft_lab.console import say
 from sft_lab.data.prepare import Prepared, prepare
-from sft_lab.errors import Interrupted, RunError, SftLabError
+from sft_lab.errors import ConfigError, Interrupted, PreflightError, RunError, SftLabError
 from sft_lab.logs import RunLog, run_log
-from sft_lab.runs import RunDirectory, read_json, write_json, write_text
+from sft_lab.runs import RunDirectory, now, read_json, write_json, write_text
 from sft_lab.schema import Config
 
 log = logging.getLogger("sft_lab")
@@ -31,13 +35,19 @@ def start(config: Config, run: RunDirectory, overrides: list[str]) -> None:
             run.require_free()
             data = prepare(config)
             report = preflight.check(config, data, run)
-        except RunError as error:
-            _freeze(config, run, overrides)
-            run.set_status("failed", error=str(error))
+        except (ConfigError, PreflightError, Interrupted):
             raise
+        except Exception as error:
+            told = error if isinstance(error, RunError) else RunError(f"{type(error).__name__}: {error}")
+            _freeze(config, run, overrides)
+            messages.open(run.log)
+            log.error("the run failed", exc_info=True)
+            run.set_status("failed", error=str(told))
+            raise told from error
         _freeze(config, run, overrides)
-        _write_prepared(config, run, data, report)
-        _train(run, stop, messages)
+        with _recorded(run, messages):
+            _write_prepared(config, run, data, report)
+            _train(run, stop)
 
 
 def resume(run: RunDirectory) -> None:
@@ -48,19 +58,32 @@ def resume(run: RunDirectory) -> None:
         return
     stop = Stop()
     with stop.listening(), run_log() as messages:
-        if not run.data.is_dir():  # it ended before its data was written
-            config = configs.load(run.config)
-            data = prepare(config)
-            _write_prepared(config, run, data, preflight.check(config, data, run))
+        config = configs.load(run.config)
         run.set_status("running", ended_at=None)
-        _train(run, stop, messages)
+        with _recorded(run, messages):
+            if not run.data.is_dir():  # it ended before its data was written
+                data = prepare(config)
+                _write_prepared(config, run, data, preflight.check(config, data, run))
+            _train(run, stop)
 
 
 def _freeze(config: Config, run: RunDirectory, overrides: list[str]) -> None:
     """Claim the directory and write down what was asked for, complete enough to run it again."""
     run.claim()
     write_text(run.overrides, yaml.safe_dump(overrides, allow_unicode=True))
-    write_text(run.config, configs.to_yaml(config))
+    write_text(run.config, configs.to_yaml(_absolute(config)))
+    run.set_status("running", started_at=now())
+
+
+def _absolute(config: Config) -> Config:
+    """The config with its local paths as they are from any directory."""
+    config = copy.deepcopy(config)
+    if Path(config.model.path).is_dir():
+        config.model.path = str(Path(config.model.path).resolve())
+    if config.data.source == "file":
+        config.data.path = str(Path(config.data.path).resolve())
+        config.data.eval_path = str(Path(config.data.eval_path).resolve()) if config.data.eval_path else ""
+    return config
 
 
 def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: preflight.Report) -> None:
@@ -69,19 +92,28 @@ def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: p
     data.save(run)
 
 
-def _train(run: RunDirectory, stop: Stop, messages: RunLog) -> None:
-    """Train from the run directory alone, and leave its status true whatever happens."""
+def _train(run: RunDirectory, stop: Stop) -> None:
+    """Train from the run directory alone."""
+    config = configs.load(run.config)
+    train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop)
+
+
+@contextlib.contextmanager
+def _recorded(run: RunDirectory, messages: RunLog) -> Iterator[None]:
+    """Leave the status true whatever happens; what happens to a completed run afterwards does not change it."""
     messages.open(run.log)
     try:
-        train.run(configs.load(run.config), run, Prepared.load(run), stop)
-    except Interrupted as error:
-        run.set_status("interrupted", error=str(error))
-        say(f"interrupted; `python -m sft_lab resume {run.path}` goes on")
-        raise
-    except SftLabError as error:
-        run.set_status("failed", error=str(error))
-        raise
-    except Exception as error:
+        yield
+    except BaseException as error:
+        if read_json(run.status)["state"] == "completed":
+            raise
+        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+            run.set_status("interrupted", error=str(error))
+            say(f"interrupted; `python -m sft_lab resume {run.path}` goes on")
+            raise
+        if isinstance(error, SftLabError):
+            run.set_status("failed", error=str(error))
+            raise
         run.set_status("failed", error=f"{type(error).__name__}: {error}")
         log.error("the run failed", exc_info=True)
         raise RunError(f"{type(error).__name__}: {error} (the traceback is in {run.log})") from error

@@ -66,7 +66,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     path = embedded.resolve(model.path)
-    with _told(model):
+    with told(model):
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
@@ -75,7 +75,7 @@ def load_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     path = embedded.resolve(model.path)
-    with _told(model):
+    with told(model):
         return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
@@ -99,12 +99,12 @@ def load_model(config: Config) -> Any:
     if quantisation is not None:
         arguments |= {"quantization_config": quantisation, "device_map": {"": device()}}
     path = embedded.resolve(model.path)
-    with _told(model):
+    with told(model):
         return AutoModelForCausalLM.from_pretrained(path, **arguments)
 
 
 @contextlib.contextmanager
-def _told(model: ModelConfig) -> Iterator[None]:
+def told(model: ModelConfig) -> Iterator[None]:
     """One sentence in place of the many in which a hub client says that it found nothing."""
     try:
         yield

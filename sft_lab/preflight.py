@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft_lab import adapter, evaluate
+from sft_lab import adapter, evaluate, tracking
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab.data.prepare import Prepared
@@ -44,6 +44,9 @@ def check(config: Config, data: Prepared, run: RunDirectory) -> Report:
     Raises:
         PreflightError: something that would waste the run, each finding by name.
     """
+    models.resolve_precision(config)
+    if config.tracking.method == "wandb" and config.tracking.mode == "online":
+        tracking.require_key()
     report = Report()
     _rows(config, data, report)
     _model(config, data, report)
@@ -119,14 +122,14 @@ def _count_parameters(config: Config) -> tuple[int, int, int]:
     from transformers import AutoModelForCausalLM
 
     architecture = models.load_config(config.model)
-    with torch.device("meta"):
+    with models.told(config.model), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
     lora = adapter.build(config.peft)
     if lora is not None:
         try:
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
         except ValueError as error:
-            raise PreflightError(f"peft.target_modules={config.peft.target_modules} : {error}") from None
+            raise PreflightError(f"peft : does not fit this model ({error})") from None
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained), vocabulary

@@ -137,7 +137,6 @@ class RunDirectory:
         except ConfigError:
             self.unlock()
             raise
-        self.set_status("running", started_at=now())
 
     def set_status(self, state: str, **fields: Any) -> None:
         """Merge `fields` into status.json; the states are running, completed, failed and interrupted."""

@@ -176,7 +176,7 @@ def _connect(config: TrackingConfig, run: RunDirectory, arguments: dict[str, Any
     if reason := _wish_for_offline(config):
         return _offline(config, run, arguments, reason)
     try:
-        _require_key()
+        require_key()
         return _online(config, run, arguments)
     except (ConfigError, RunError) as error:
         if config.mode == "online":
@@ -202,7 +202,7 @@ def _wish_for_offline(config: TrackingConfig) -> str:
     return ""
 
 
-def _require_key() -> None:
+def require_key() -> None:
     """Ask W&B for the key that it knows of: environment, netrc, its settings. The server is not asked yet."""
     import wandb
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import resource
+from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from sft_lab import config as configs
 from sft_lab import console, evaluate, tracking
@@ -42,11 +43,11 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop) -> dict[s
         metrics.counter = TokenCounter(trainer.model, data.tokenizer.pad_token_id, metrics.past_tokens)
         before = _evaluate_before(config, run, data, trainer.model, metrics)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _train_on(trainer, checkpoint, read_json(run.preflight)["steps"])
         finally:
             progress.stop()
         stop.raise_if_stopped()
-        _save_adapter(run, trainer, data)
+        _save_adapter(run, trainer)
         after = _evaluate_after(config, run, data, trainer, tracker)
         result = _record(config, run, trainer, metrics, before | after)
         _track(config, run, tracker, result, data)
@@ -57,10 +58,18 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop) -> dict[s
         exit_code = error.exit_code
         raise
     finally:
+        _finish(tracker, exit_code)
+
+
+def _finish(tracker: tracking.Tracker, exit_code: int) -> None:
+    """What becomes of the tracker decides nothing about the run."""
+    try:
         tracker.finish(exit_code)
+    except Exception as error:
+        log.warning("W&B could not be finished: %s", error)
 
 
-def _rewind(run: RunDirectory) -> Any:
+def _rewind(run: RunDirectory) -> Path | None:
     """The checkpoint to go on from, with everything after it taken back."""
     checkpoint, passed_over = run.newest_checkpoint()
     for reason in passed_over:
@@ -71,6 +80,15 @@ def _rewind(run: RunDirectory) -> Any:
     if checkpoint:
         console.say(f"going on from step {step}")
     return checkpoint
+
+
+def _train_on(trainer: Any, checkpoint: Path | None, steps: int) -> None:
+    """Train to the end; from a checkpoint of the last step there is nothing left, and Trainer would make one more."""
+    if checkpoint is None or int(checkpoint.name.removeprefix("checkpoint-")) < steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
@@ -149,7 +167,7 @@ def _write_samples(config: Config, run: RunDirectory, data: Prepared, answers: l
     write_text(run.samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
 
-def _save_adapter(run: RunDirectory, trainer: Any, data: Prepared) -> None:
+def _save_adapter(run: RunDirectory, trainer: Any) -> None:
     """adapter/ with weights, configuration, tokenizer and chat template; or an error and no adapter/ at all."""
     import torch
 

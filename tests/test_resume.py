@@ -155,3 +155,16 @@ def test_a_diverging_run_fails_and_says_so(tmp_path: Path, cli: Cli) -> None:
     assert "diverged" in status["error"]
     assert not (tmp_path / "run" / "adapter").exists()
     assert lines(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_killed_after_the_last_step_it_makes_no_other(tmp_path: Path, cli: Cli, undisturbed: bytes) -> None:
+    process = start([*SIXTY, "tracking=none", "hydra.run.dir=run"], tmp_path)
+    wait_for_step(process, 60)
+    while not (tmp_path / "run" / "checkpoints" / "checkpoint-60" / "whole.json").exists():
+        assert process.poll() is None
+    kill(process, signal.SIGKILL)
+    (tmp_path / "run" / "status.json").write_text('{"state": "running"}')  # it may have got to the end after all
+    check(cli("resume", "run"))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == undisturbed
+    assert read(tmp_path / "run" / "result.json")["steps"] == 60
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-61").exists()

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
         "overrides", nargs="*", metavar="data.KEY=VALUE", help="other rows, as on a training's command line"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     run = RunDirectory.open(args.run_dir)
     run.require_adapter()
     config = configs.load(run.config)

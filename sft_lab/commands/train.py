@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sft_lab import config as configs
 from sft_lab.errors import SftLabError
@@ -20,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     command = configs.parse_command_line(argv)
     run_dir = configs.check_command_line(command) if command.composes else None
     missing = {p.resolve() for p in run_dir.parents if not p.exists()} if run_dir else set()
-    failures: list[tuple[str, SftLabError]] = []
+    failures: list[tuple[str, str]] = []
 
     def task(cfg: DictConfig) -> None:
         try:
@@ -29,8 +31,10 @@ def main(argv: Sequence[str]) -> int:
             _discard_empty(Path(HydraConfig.get().runtime.output_dir), missing)
             if HydraConfig.get().mode == RunMode.RUN or error.exit_code > 128:
                 raise _Stop(error) from error
-            failures.append((Path(HydraConfig.get().runtime.output_dir).name, error))
+            failures.append((Path(HydraConfig.get().runtime.output_dir).name, str(error)))
+            _clear_frames(error)
             print(f"sft_lab: {failures[-1][0]} failed: {error}", file=sys.stderr)
+        gc.collect()  # a Trainer and its model refer to each other
 
     configs.register()
     sys.argv = ["sft_lab", *argv]
@@ -43,6 +47,13 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of the model that the frames of a failed trial hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
+
+
 class _Stop(SystemExit):
     """Leaves Hydra, which would print a traceback for an Exception."""
 
@@ -53,8 +64,7 @@ class _Stop(SystemExit):
 
 def _run_one(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    config = configs.to_config(own)
+    config = configs.to_config(cfg)  # cfg itself: a copy would resolve ${now:} anew, for each trial another sweep.name
     if hydra_config.mode == RunMode.MULTIRUN and not config.tracking.group:
         config.tracking.group = config.sweep.name
     from sft_lab.launch import start

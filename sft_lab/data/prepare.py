@@ -44,13 +44,13 @@ class Prepared:
             write_json(folder / "facts.json", self.facts)
 
     @classmethod
-    def load(cls, run: RunDirectory) -> Prepared:
+    def load(cls, run: RunDirectory, trust_remote_code: bool = False) -> Prepared:
         from transformers import AutoTokenizer
 
         return cls(
             train=load_from_disk(str(run.data / "train")),
             eval=load_from_disk(str(run.data / "eval")) if (run.data / "eval").is_dir() else Dataset.from_list([]),
-            tokenizer=AutoTokenizer.from_pretrained(str(run.data / "tokenizer")),
+            tokenizer=AutoTokenizer.from_pretrained(str(run.data / "tokenizer"), trust_remote_code=trust_remote_code),
             facts=read_json(run.data / "facts.json"),
         )
 

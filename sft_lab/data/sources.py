@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_lab.data.formats import RowError
-from sft_lab.errors import PreflightError, RunError
+from sft_lab.errors import PreflightError, RunError, SftLabError
 from sft_lab.schema import DataConfig
 
 
@@ -67,6 +67,8 @@ def _read_hub(data: DataConfig, split: str) -> list[RawRow]:
 
     try:
         dataset = load_dataset(data.path, data.name or None, split=split, revision=data.revision)
+    except SftLabError:  # a signal's
+        raise
     except Exception as error:  # whatever the hub client raises, its first line is what the person needs
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"data.path={data.path}: the hub gave no such data set ({reason})") from error
