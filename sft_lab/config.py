@@ -1,4 +1,4 @@
-"""From what was typed to a checked `Config`: composing, and every check that needs no data and no torch.
+"""From what was typed to a checked `Config`.
 
 Nothing above this module knows Hydra or OmegaConf.
 """
@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import re
-import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +29,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from sft_lab import runs
+from sft_lab import checks, runs
 from sft_lab.errors import ConfigError
-from sft_lab.library import EXTRA_OF, OPTIMIZERS, SCHEDULERS, enum_values, field_names
-from sft_lab.schema import Config, DataConfig, SweepConfig, TrainerConfig
+from sft_lab.library import EXTRA_OF
+from sft_lab.schema import Config, DataConfig, SweepConfig
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-_QUANT_OPTION = {"bnb_4bit": "nf4", "bnb_8bit": "int8"}  # as a person types them
-_FILE_KINDS = "a .jsonl, .json, .csv or .parquet file"
-_LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "extra")
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
 # --------------------------------------------------------------------------------------------- what Hydra is told
@@ -165,7 +158,7 @@ def check_command_line(command: CommandLine) -> Path | None:
         choices = _single_values(command.overrides, loader) if command.multirun else [command.overrides]
         for overrides in choices:
             cfg, found = _compose_and_check(loader, overrides, command.name)
-            problems += found or missing_files(_to_dataclasses(cfg).data if cfg is not None else DataConfig())
+            problems += found or checks.missing_files(_to_dataclasses(cfg).data if cfg is not None else DataConfig())
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         if command.multirun:
@@ -235,7 +228,7 @@ def _try_compose(overrides: list[str], name: str, problems: list[str]) -> DictCo
         lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
         key = re.search(r"Key .* not in .*full_key: (\S+)", " ".join(lines))
         if key:  # a config file's mistake: Hydra names the file first
-            problems.append(_unknown_key(f"{key[1]} {lines[0].split(':')[0]}", key[1]))
+            problems.append(checks.unknown_key(f"{key[1]} {lines[0].split(':')[0]}", key[1]))
             return None
         problems.append(" ".join(dict.fromkeys(lines)))
         return None
@@ -261,14 +254,14 @@ def _syntax_or_option_problem(text: str, loader: ConfigLoader, values: list[tupl
     options, value = loader.get_group_options(key), override.value()
     if isinstance(value, Mapping) or value in options:
         return None
-    return _not_among(text, f"no such option of the group {key}", str(value), options)
+    return checks.not_among(text, f"no such option of the group {key}", str(value), options)
 
 
 def _key_problem(text: str, override: Override, cfg: DictConfig) -> str | None:
     """What is wrong with an override that sets a value: the key, or the value's type."""
     key, value = override.key_or_group, override.value()
-    if _hint(key) is None:
-        return _unknown_key(text, key)
+    if checks.type_of(key) is None:
+        return checks.unknown_key(text, key)
     if override.is_delete():
         return f"{text} : cannot be deleted, every key of the schema has a value"
     copy = OmegaConf.create(cfg)
@@ -276,9 +269,9 @@ def _key_problem(text: str, override: Override, cfg: DictConfig) -> str | None:
     try:
         OmegaConf.update(copy, key, value, merge=isinstance(value, Mapping), force_add=".extra." in key)
     except ValidationError:
-        return f"{text} : allowed is {_expected(key)}"
+        return f"{text} : allowed is {checks.expected(key)}"
     except ConfigKeyError as error:
-        return _unknown_key(text, error.full_key or key)
+        return checks.unknown_key(text, error.full_key or key)
     except OmegaConfBaseException as error:
         return f"{text} : {str(error).strip().splitlines()[0]}"
     return None
@@ -306,74 +299,13 @@ def _single_values(overrides: Sequence[str], loader: ConfigLoader) -> Iterator[l
             yield [*first[:place], value, *first[place + 1 :]]
 
 
-# ------------------------------------------------------------------------------------------------- keys and types
-
-
-def _fields(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _leaves(kind: Any = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema."""
-    keys = []
-    for name, hint in _fields(kind).items():
-        keys += _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
-    return keys
-
-
-def _hint(key: str) -> Any:
-    """The declared type of a dotted key, None where the schema has no such key, dict for anything below `extra`."""
-    hint: Any = Config
-    for part in key.split("."):
-        if typing.get_origin(hint) is dict:
-            return dict
-        if not dataclasses.is_dataclass(hint):
-            return None
-        hint = _fields(typing.cast(type, hint)).get(part)
-    return hint
-
-
-def _unknown_key(given: str, key: str) -> str:
-    """Names the nearest key beside it, else anywhere, and all that the deepest existing part of it has."""
-    parent, hint = "", typing.cast(Any, Config)
-    for part in key.split(".")[:-1]:
-        below = _fields(hint).get(part)
-        if not dataclasses.is_dataclass(below):
-            break
-        parent, hint = f"{parent}{part}.", below
-    last = key.split(".")[-1]
-    near = (
-        [parent + name for name in difflib.get_close_matches(last, _fields(hint), n=1, cutoff=0.7)]
-        or difflib.get_close_matches(key, [k for k in _leaves() if k.split(".")[-1] == last], n=1, cutoff=0)
-        or difflib.get_close_matches(key, _leaves(), n=1, cutoff=0.8)
-    )
-    return _message(given, "no such key", near, f"keys of {parent[:-1]}" if parent else "keys", list(_fields(hint)))
-
-
-def _expected(key: str) -> str:
-    hint = _hint(key)
-    if typing.get_origin(hint) is list:
-        return "a list such as [a, b]"
-    return _WORDS.get(hint, "a mapping such as {a: 1}")
-
-
-def _not_among(given: str, what: str, word: str, allowed: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
-    return _message(given, what, near, "allowed", sorted(allowed) or ["none yet"])
-
-
-def _message(given: str, what: str, near: Sequence[str], label: str, allowed: Sequence[str]) -> str:
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{given} : {what}{hint} ({label}: {', '.join(allowed)})"
-
-
 # --------------------------------------------------------------------------------------- checks of a whole config
 
 
 def problems_of(cfg: DictConfig) -> list[str]:
     """Everything wrong with a composed config: unknown, missing and refused values, contradictions."""
     try:
-        problems = [_unknown_key(key, key) for key in _unknown_keys(cfg)]
+        problems = [checks.unknown_key(key, key) for key in _unknown_keys(cfg)]
         missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra"))
         problems += [_missing_message(key) for key in missing]
         if problems:
@@ -381,8 +313,7 @@ def problems_of(cfg: DictConfig) -> list[str]:
         config = _to_dataclasses(cfg)
     except OmegaConfBaseException as error:
         return [f"{error.full_key or 'config'} : {str(error).strip().splitlines()[0]}"]
-    problems = [*_refused_values(config), *_refused_names(config.trainer), *_refused_extras(config)]
-    return problems or list(_contradictions(config))
+    return checks.refused(config)
 
 
 def _unknown_keys(cfg: DictConfig) -> list[str]:
@@ -391,7 +322,7 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for name in node:
             key = prefix + str(name)
-            hint = _hint(key)
+            hint = checks.type_of(key)
             if key == "hydra":
                 continue
             if hint is None:
@@ -403,7 +334,7 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
 
 
 def _missing_message(key: str) -> str:
-    return f"{key}=??? : a value must be given (allowed is {_expected(key)})"
+    return f"{key}=??? : a value must be given (allowed is {checks.expected(key)})"
 
 
 def _to_dataclasses(cfg: DictConfig) -> Config:
@@ -412,129 +343,6 @@ def _to_dataclasses(cfg: DictConfig) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     return config
-
-
-def _refused_values(node: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(node):
-        key, value = f"{prefix}{field.name}", getattr(node, field.name)
-        choices, minimum = field.metadata.get("choices"), field.metadata.get("min")
-        if dataclasses.is_dataclass(value):
-            yield from _refused_values(value, f"{key}.")
-        elif choices and value not in choices:
-            yield _not_among(f"{key}={value}", "not allowed", str(value), choices)
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{key}={value} : not a finite number (allowed: a finite one)"
-        elif minimum is not None and value < minimum:
-            yield f"{key}={value} : too small (allowed: {minimum} and more)"
-
-
-def _refused_names(trainer: TrainerConfig) -> Iterator[str]:
-    """Names that Transformers lists; its source is read only for one that is not our default."""
-    for key, (value, default, source) in {
-        "trainer.optim": (trainer.optim, "adamw_torch", OPTIMIZERS),
-        "trainer.lr_scheduler_type": (trainer.lr_scheduler_type, "cosine", SCHEDULERS),
-    }.items():
-        if value != default and value not in (allowed := enum_values(*source)):
-            yield _not_among(f"{key}={value}", "not allowed", value, allowed)
-
-
-def _refused_extras(config: Config) -> Iterator[str]:
-    for group, owner in EXTRA_OF.items():
-        section = getattr(config, group)
-        if not section.extra:
-            continue
-        allowed, own = field_names(owner.source), {f.name for f in dataclasses.fields(section)}
-        for name, value in section.extra.items():
-            given = f"{group}.extra.{name}={json.dumps(value) if isinstance(value, bool) else value}"
-            if name in own or name in owner.ours:
-                yield f"{given} : sft_lab sets this itself (use {owner.ours.get(name, f'{group}.{name}')})"
-            elif name not in allowed:
-                yield _not_among(given, f"no such argument of {owner.name}", name, allowed - own - set(owner.ours))
-
-
-def _contradictions(c: Config) -> Iterator[str]:
-    """What is right by itself and wrong together."""
-    if c.quant.method != "none" and c.peft.method == "none":
-        yield (
-            f"quant={_QUANT_OPTION[c.quant.method]} with peft=none : a quantised base cannot be trained itself, it "
-            "needs an adapter (allowed: quant=none, or peft=lora_r8, lora_r16, lora_r64)"
-        )
-    if c.peft.method == "none":
-        for key in (
-            "r",
-            "lora_alpha",
-            "lora_dropout",
-            "target_modules",
-            "modules_to_save",
-            "use_rslora",
-            "use_dora",
-            "extra",
-        ):
-            if value := getattr(c.peft, key):
-                yield f"peft.{key}={value} : has no effect with peft=none (allowed: peft=lora_r16 peft.{key}={value})"
-    if c.peft.method == "lora" and c.peft.r < 1:
-        yield f"peft.r={c.peft.r} : too small for LoRA (allowed: 1 and more, or peft=none)"
-    if c.peft.method == "lora" and not c.peft.target_modules:
-        yield "peft.target_modules=[] : LoRA needs modules to adapt (allowed: [all-linear] or module names)"
-    yield from _data_contradictions(c)
-    yield from _batch_contradictions(c)
-    if c.trainer.max_steps == 0 or (c.trainer.max_steps < 0 and c.trainer.num_train_epochs <= 0):
-        yield (
-            f"trainer.max_steps={c.trainer.max_steps} : with num_train_epochs={c.trainer.num_train_epochs:g} there is "
-            "nothing to train (allowed: one of them above 0)"
-        )
-    if c.distributed.method == "single" and c.distributed.num_processes != 1:
-        yield f"distributed.num_processes={c.distributed.num_processes} : distributed=single is one (allowed: 1)"
-
-
-def _data_contradictions(c: Config) -> Iterator[str]:
-    if c.data.source == "requests" and c.data.path:
-        exists = "" if Path(c.data.path).exists() else "; there is no such file either"
-        yield (
-            f"data.path={c.data.path} : data=requests makes its own rows and reads no file{exists} "
-            f"(allowed: data=from_file data.path={c.data.path})"
-        )
-    if c.data.source == "requests" and c.data.train_rows < 1:
-        yield f"data.train_rows={c.data.train_rows} : data=requests is made to order (allowed: 1 and more)"
-    if c.data.eval_rows > 0 and (c.data.eval_path or c.data.eval_split):
-        yield (
-            f"data.eval_rows={c.data.eval_rows} : rows are held out of the training rows only where there is no "
-            "data.eval_path or data.eval_split (allowed: 0)"
-        )
-
-
-def missing_files(data: DataConfig) -> list[str]:
-    """Files that `data` names and that are not there."""
-    if data.source != "file":
-        return []
-    problems = []
-    for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
-        if path and Path(path).is_dir():
-            problems.append(f"{key}={path} : is a directory (allowed: {_FILE_KINDS})")
-        elif path and not Path(path).is_file():
-            folder = Path(path).parent
-            names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-            near = [str(folder / n) for n in difflib.get_close_matches(Path(path).name, names, n=1)]
-            problems.append(_message(f"{key}={path}", "no such file", near, "allowed", [_FILE_KINDS]))
-    return problems
-
-
-def _batch_contradictions(c: Config) -> Iterator[str]:
-    t, processes = c.trainer, c.distributed.num_processes
-    if not t.global_batch_size:
-        return
-    micro = t.per_device_train_batch_size * processes
-    steps, rest = divmod(t.global_batch_size, micro)
-    if rest or not steps:
-        yield (
-            f"trainer.global_batch_size={t.global_batch_size} : not a multiple of per_device_train_batch_size x "
-            f"processes={t.per_device_train_batch_size} x {processes} (allowed: {micro}, {2 * micro}, {3 * micro}, ...)"
-        )
-    elif t.gradient_accumulation_steps not in (1, steps):
-        yield (
-            f"trainer.gradient_accumulation_steps={t.gradient_accumulation_steps} : does not give "
-            f"global_batch_size={t.global_batch_size} (allowed: {steps}, or leave one of the two out)"
-        )
 
 
 # ----------------------------------------------------------------------------------------------- to dataclasses
@@ -579,7 +387,7 @@ def with_other_data(config: Config, overrides: Sequence[str]) -> Config:
             for key, value in dataclasses.asdict(config.data).items()
         ]
         data = to_config(compose([*kept, *overrides])).data
-    problems = missing_files(data)
+    problems = checks.missing_files(data)
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(config, data=data)

@@ -12,7 +12,7 @@ import sft_lab
 PACKAGE = Path(sft_lab.__file__).parent
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["", "errors", "schema", "library"], 1),
-    **dict.fromkeys(["config", "runs", "logs", "console", "wandb_file"], 2),
+    **dict.fromkeys(["checks", "config", "runs", "logs", "console", "wandb_file"], 2),
     **dict.fromkeys(
         ["adapter", "embedded", "evaluate", "loss", "model", "quant", "tracking", "trainer", "callbacks", "data"], 3
     ),
