@@ -1,0 +1,98 @@
+"""Rows of .parquet and .arrow files; `files.read_file` is the way in, and tells what pyarrow raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from sft_lab.data.text_files import Decoder, Rows
+from sft_lab.errors import PreflightError
+
+_BATCH = 16  # rows that are Python objects at a time; one may be of 10 MB
+_BUFFER = 1 << 20  # bytes of a Parquet column read ahead; without it the columns of a whole row group are in memory
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # the end-of-stream mark of Arrow's IPC format
+_JSON = Decoder()
+
+
+def read_parquet(path: Path) -> Rows:
+    """One row a record, nested ones as they are."""
+    with open(path, "rb") as file:
+        parquet = pyarrow.parquet.ParquetFile(
+            file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+        )
+        yield from _rows(path, parquet.schema_arrow, parquet.iter_batches(_BATCH, use_threads=False))
+
+
+def read_arrow(path: Path) -> Rows:
+    """The stream form of Arrow's IPC format, which `datasets` writes, and the file form."""
+    with open(path, "rb") as file:  # this tells better than pyarrow why a file cannot be opened
+        head = file.read(6)
+    with pyarrow.memory_map(str(path)) as source:
+        if head == b"ARROW1":
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            yield from _rows(path, reader.schema, batches)
+            return
+        reader = pyarrow.ipc.open_stream(source)
+        yield from _rows(path, reader.schema, reader)
+        source.seek(source.tell() - len(_STREAM_END))
+        if source.read(len(_STREAM_END)) != _STREAM_END:  # cut between two batches, which pyarrow takes for the end
+            raise pyarrow.ArrowInvalid("the stream has no end mark, so rows are missing")
+
+
+def _rows(path: Path, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -> Rows:
+    if len(set(schema.names)) < len(schema.names):
+        raise PreflightError(f"{path}: the schema names a column twice ({', '.join(schema.names)})")
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH):
+            for value, problem in _values(batch.slice(start, _BATCH)):
+                number += 1
+                yield number, value, problem
+
+
+def _values(batch: pyarrow.RecordBatch) -> list[tuple[Any, str | None]]:
+    """The rows of a batch; each is read by itself where one of them cannot be."""
+    try:
+        batch.validate(full=True)  # what is damaged must not be followed: offsets, texts that are no UTF-8
+        rows = batch.to_pylist()
+        for field in batch.schema:
+            if _differs(field.type):
+                for row in rows:
+                    row[field.name] = _plain(row[field.name], field.type)
+    except (ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        if batch.num_rows == 1:
+            first_line = str(error).partition("\n")[0]
+            return [(None, f"cannot be read ({first_line})")]
+        return [row for place in range(batch.num_rows) for row in _values(batch.slice(place, 1))]
+    return [(row, None) for row in rows]
+
+
+def _differs(kind: pyarrow.DataType) -> bool:
+    """Whether `_plain` may give something else than `to_pylist` does."""
+    inner = any(_differs(kind.field(number).type) for number in range(kind.num_fields))
+    return inner or pyarrow.types.is_floating(kind) or isinstance(kind, pyarrow.JsonType)
+
+
+def _plain(value: Any, kind: pyarrow.DataType) -> Any:
+    """A value as other files would give it: None for NaN, by which data frames mark what is missing; JSON decoded.
+
+    Raises:
+        ValueError: it is marked as JSON and is none.
+    """
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, str) and isinstance(kind, pyarrow.JsonType):  # what `datasets` makes of mixed types
+        decoded, problem = _JSON.whole(value)
+        if problem:
+            raise ValueError(problem)
+        return decoded
+    if isinstance(value, dict):
+        return {field.name: _plain(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and not pyarrow.types.is_map(kind):
+        return [_plain(item, kind.value_type) for item in value]
+    return value
