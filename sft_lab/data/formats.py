@@ -1,134 +1,156 @@
-"""From one row of a data set to chat messages, or the reason why not.
-
-A message is `{"role": ..., "content": ...}`; roles are system, user, assistant and tool. `"weight": 0` keeps the loss
-off an assistant message.
-"""
+"""From one row of a data set to an example to train on, or the reason why not: format, column names, weight."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "tool")
-Message = dict[str, Any]
+from sft_lab.data.converters import FORMATS, Example, Format, Text, Tokens
+from sft_lab.data.messages import Conversation, Message
+from sft_lab.data.values import RowError, kind, listed, nearest, present
+
+__all__ = [
+    "FORMATS",
+    "FORMAT_NAMES",
+    "Conversation",
+    "Example",
+    "Format",
+    "LeftOut",
+    "Message",
+    "RowError",
+    "Text",
+    "Tokens",
+    "detect",
+    "possible_formats",
+    "text_of",
+    "to_example",
+]
+
+FORMAT_NAMES = ("auto", *FORMATS)  # what the config may choose
+_WEIGHT = "weight"  # a row may have it in every format
 
 
-class RowError(ValueError):
-    """Why a row cannot be trained on; the caller adds file and row number."""
+class LeftOut(Exception):
+    """A row that its own data takes out of training; the text is a reason word, such as weight_0."""
 
 
-def detect(row: Mapping[str, Any]) -> str:
-    """The format of a row by its columns.
+def to_example(row: Any, format_name: str = "auto", columns: Mapping[str, str] = {}) -> Example:
+    """What a row says, in the format of that name, or with `auto` the first one that its columns fit.
+
+    columns: names of a format's columns and where the row has them, a column or a dotted path such as
+    `instances.0.output`. Other columns stay available under their own names.
+
+    Raises:
+        RowError: the row lacks a column, or what it has cannot be trained on.
+        LeftOut: the row has weight 0.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"a {kind(row)} where an object was expected")
+    names = possible_formats(format_name, columns)
+    if columns:
+        row = {**row, **{column: _at(row, path, column) for column, path in columns.items()}}
+    _check_weight(row.get(_WEIGHT))
+    name = detect(row, names) if format_name == "auto" else format_name
+    for column in FORMATS[name].columns:
+        if column not in row:
+            has = f"format {name} has {', '.join(FORMATS[name].columns)}, the row {listed(row)}"
+            raise RowError(f"no column {column!r} ({has}{nearest(column, row)})")
+    return FORMATS[name].convert(row)
+
+
+def text_of(example: Example, system: bool = True) -> str:
+    """All that is said, in order, as one text by which rows are compared; of tokens the ids.
+
+    Without `system` the system message is left out: a long one that all rows share would make them all alike.
+    """
+    if isinstance(example, Tokens):
+        return " ".join(map(str, example.input_ids))
+    if isinstance(example, Text):
+        return example.text
+    said = [message for message in example.messages if system or message["role"] != "system"]
+    return "\n".join(part for message in said for part in _parts(message))
+
+
+def _parts(message: Message) -> list[str]:
+    calls = [call["function"] for call in message.get("tool_calls", [])]  # without ids, which are often random
+    said = [json.dumps(call, ensure_ascii=False, sort_keys=True) for call in calls]
+    return [message["role"], *([message["content"]] if message["content"] else []), *said]
+
+
+# -------------------------------------------------------------------------------------------- which column is which
+
+
+def possible_formats(format_name: str, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The formats that have every column that is mapped; no row is needed to tell.
+
+    Raises:
+        RowError: none has.
+    """
+    names = tuple(FORMATS) if format_name == "auto" else (format_name,)
+    known = {name: (*FORMATS[name].columns, *FORMATS[name].optional, _WEIGHT) for name in names}
+    everything = list(dict.fromkeys(column for columns_of in known.values() for column in columns_of))
+    for column in columns:
+        if column not in everything:
+            which = "no format has" if format_name == "auto" else f"format {format_name} has not"
+            hint = f"allowed: {', '.join(everything)}{nearest(column, everything)}"
+            raise RowError(f"columns maps {column!r}, which {which} ({hint})")
+    fitting = tuple(name for name in names if set(columns) <= set(known[name]))
+    if not fitting:
+        raise RowError(f"columns maps {', '.join(columns)}, which no format has together ({_overview(names)})")
+    return fitting
+
+
+def detect(row: Mapping[str, Any], names: Sequence[str] = ()) -> str:
+    """The first format whose columns the row has, of those named or of all.
+
+    One with a null in them comes last: in a table of several formats every row has every column.
 
     Raises:
         RowError: no format has these columns.
     """
-    for name, (columns, _) in FORMATS.items():
-        if all(column in row for column in columns):
-            return name
-    wanted = "; ".join(f"{name}: {', '.join(columns)}" for name, (columns, _) in FORMATS.items())
-    raise RowError(f"columns {', '.join(map(str, row)) or '(none)'} fit no format ({wanted})")
+    names = names or tuple(FORMATS)
+    for has in (present, lambda row, column: column in row):
+        for name in names:
+            if all(has(row, column) for column in FORMATS[name].columns):
+                return name
+    wanted = [column for name in names for column in FORMATS[name].columns if column not in row]
+    hints = (nearest(column, wanted, cutoff=0.75) for column in row)  # looser, `content` would be near `conversations`
+    raise RowError(f"columns {listed(row)} fit no format ({_overview(names)}{next(filter(None, hints), '')})")
 
 
-def to_messages(row: Any, format_name: str = "auto") -> list[Message]:
-    """Validated chat messages of a row.
-
-    Raises:
-        RowError: the row is no mapping, lacks a column, or its conversation cannot be trained on.
-    """
-    if not isinstance(row, Mapping):
-        raise RowError(f"a {_kind(row)} where an object was expected")
-    name = detect(row) if format_name == "auto" else format_name
-    columns, convert = FORMATS[name]
-    for column in columns:
-        if column not in row:
-            raise RowError(f"no column {column!r} (format {name} has {', '.join(columns)})")
-    return _validated(convert(row))
+def _overview(names: Sequence[str]) -> str:
+    return "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in names)
 
 
-def _messages(row: Mapping[str, Any]) -> Any:
-    value = row["messages"]
-    if not isinstance(value, str):
-        return value
-    try:  # a .csv cell
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise RowError(f"messages is a text that is no JSON ({error})") from None
-
-
-def _prompt_completion(row: Mapping[str, Any]) -> Any:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):  # only the completion is learned
-        return [{**m, "weight": 0} if _is_assistant(m) else m for m in prompt] + completion
-    return [
-        {"role": "user", "content": _text(prompt, "prompt")},
-        {"role": "assistant", "content": _text(completion, "completion")},
-    ]
-
-
-def _is_assistant(message: Any) -> bool:
-    return isinstance(message, Mapping) and message.get("role") == "assistant"
-
-
-def _alpaca(row: Mapping[str, Any]) -> Any:
-    parts = [_text(row["instruction"], "instruction")]
-    if row.get("input"):
-        parts.append(_text(row["input"], "input"))
-    messages = [
-        {"role": "user", "content": "\n\n".join(parts)},
-        {"role": "assistant", "content": _text(row["output"], "output")},
-    ]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
-    return messages
-
-
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]]] = {
-    "messages": (("messages",), _messages),
-    "prompt_completion": (("prompt", "completion"), _prompt_completion),
-    "alpaca": (("instruction", "output"), _alpaca),
-}
-
-
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{column} is {_kind(value)} where a text was expected")
+def _at(row: Mapping[str, Any], path: str, column: str) -> Any:
+    """The value at a dotted path; a column that has dots in its own name comes first."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            place = ".".join(parts[:i]) or "the row"
+            has = f"is {kind(value)}"
+            if isinstance(value, Mapping):
+                has = f"has {listed(value)}{nearest(part, value)}"
+            elif isinstance(value, list):
+                has = f"is a list of {len(value)}, counted from 0"
+            raise RowError(f"no column {path!r}, which columns maps to {column!r} ({place} {has})")
     return value
 
 
-def _validated(messages: Any) -> list[Message]:
-    if not isinstance(messages, list):
-        raise RowError(f"messages is {_kind(messages)} where a list was expected")
-    if not messages:
-        raise RowError("messages is empty")
-    clean = [_validated_message(message, number) for number, message in enumerate(messages, start=1)]
-    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in clean):
-        raise RowError("no assistant turn, so there is nothing to learn from it")
-    return clean
-
-
-def _validated_message(message: Any, number: int) -> Message:
-    where = f"message {number}"
-    if not isinstance(message, Mapping):
-        raise RowError(f"{where} is {_kind(message)} where an object was expected")
-    for key in ("role", "content"):
-        if key not in message:
-            raise RowError(f"{where} has no {key!r}")
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise RowError(f"{where} has role {role!r} (allowed: {', '.join(ROLES)})")
-    if not isinstance(content, str):
-        raise RowError(f"{where}: content is {_kind(content)} where a text was expected")
-    if message.get("tool_calls"):
-        raise RowError(f"{where} has tool_calls, which would be lost")
-    weight = message.get("weight", 1)
+def _check_weight(weight: Any) -> None:
+    weight = {"0": 0, "1": 1, "": None}.get(weight, weight) if isinstance(weight, str) else weight  # .csv has texts
+    if weight is None:
+        return
     if weight not in (0, 1):
-        raise RowError(f"{where} has weight {weight!r} (allowed: 0, 1)")
-    return {"role": role, "content": content, **({} if weight else {"weight": 0})}
-
-
-def _kind(value: Any) -> str:
-    return (
-        "null" if value is None else {"dict": "object", "str": "text"}.get(type(value).__name__, type(value).__name__)
-    )
+        raise RowError(f"weight is {reprlib.repr(weight)} (allowed: 0, which leaves the row out, and 1)")
+    if weight == 0:
+        raise LeftOut("weight_0")
