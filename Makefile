@@ -30,7 +30,7 @@ test-all: $(VENV)/.stamp ## every test that needs no GPU
 	$(PYTEST) -m "not gpu" $(ARGS)
 
 bench: $(VENV)/.stamp ## measurements, side by side (ARGS=NAME for one of them)
-	$(BIN)/python tests/bench.py $(ARGS)
+	$(BIN)/python -m tests.bench $(ARGS)
 
 clean: ## remove .venv, build results and caches; outputs/ stays
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

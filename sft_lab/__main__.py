@@ -13,6 +13,8 @@ from sft_lab.errors import ConfigError, SftLabError
 
 VERBS = {
     "train": "one run, or a sweep with -m (what is done without a verb)",
+    "plan": "every check, and what a run will do and cost; trains nothing",
+    "inspect": "rows as the model will see them, and what of them carries loss",
     "resume": "go on from the last checkpoint of a run",
     "eval": "evaluate a finished run's adapter",
     "chat": "talk to a finished run's model",

@@ -10,10 +10,11 @@ from sft_lab import evaluate
 from sft_lab import model as models
 from sft_lab.data.formats import Message
 from sft_lab.data.prepare import evaluation_rows
-from sft_lab.data.template import TurnEnd
+from sft_lab.data.prepared import Prepared
+from sft_lab.data.template import Template
 from sft_lab.data.tokenize import IGNORE
 from sft_lab.errors import PreflightError
-from sft_lab.runs import RunDirectory, read_json
+from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 from sft_lab.trainer import Collator
 
@@ -25,7 +26,7 @@ class Finished:
     config: Config
     model: Any
     tokenizer: Any
-    turn_end: TurnEnd
+    template: Template
 
     @classmethod
     def load(cls, run: RunDirectory) -> Finished:
@@ -37,16 +38,18 @@ class Finished:
         from transformers import AutoTokenizer
 
         adapter, config = run.require_adapter(), configs.load(run.config)
+        trust = config.model.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust)
         if config.peft.method == "none":
             config.model.path = str(adapter)
             model = models.load_model(config)
         else:
-            model = PeftModel.from_pretrained(models.load_model(config), str(adapter))
+            base = models.load_model(config)
+            models.fit_embeddings(base, tokenizer)  # their trained rows lie beside the adapter's matrices
+            model = PeftModel.from_pretrained(base, str(adapter))
         model.to(models.device()).eval()
-        facts = read_json(run.data / "facts.json")
-        turn_end = TurnEnd(facts["turn_end"], facts["turn_end_id"])
-        trust = config.model.trust_remote_code
-        return cls(config, model, AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust), turn_end)
+        used = Prepared.load(run, config.model.trust_remote_code).template
+        return cls(config, model, tokenizer, used)
 
     def evaluate(self, config: Config) -> dict[str, Any]:
         """Metrics over all held-out rows that `config.data` names, or all its rows where it holds none out.
@@ -57,9 +60,9 @@ class Finished:
         unknown = [name for name in config.data.metrics if name not in evaluate.METRICS]
         if unknown:
             raise PreflightError(f"data.metrics={unknown} : no such metric (allowed: {', '.join(evaluate.METRICS)})")
-        rows = evaluation_rows(config, self.tokenizer, self.turn_end)
+        rows = evaluation_rows(config, self.tokenizer, self.template)
         settings = replace(config.evaluation, rows=len(rows) if config.data.metrics else 0)
-        answers = evaluate.answer_rows(self.model, self.tokenizer, rows, self.turn_end.id, settings)
+        answers = evaluate.answer_rows(self.model, self.tokenizer, rows, self.template.turn_end.id, settings)
         metrics = {
             "loss": self._loss(rows, config.trainer.per_device_eval_batch_size),
             **evaluate.score(config.data.metrics, answers, rows["reference"]),
@@ -70,7 +73,7 @@ class Finished:
         """The greedy answer to a conversation that ends with the user's turn."""
         prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return evaluate.generate(self.model, self.tokenizer, [ids], self.turn_end.id, max_new_tokens, 1)[0]
+        return evaluate.generate(self.model, self.tokenizer, [ids], self.template.turn_end.id, max_new_tokens, 1)[0]
 
     def _loss(self, rows: Any, batch_size: int) -> float:
         """Mean cross-entropy over every token that carries loss, in nats."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import json
 import math
 import typing
@@ -18,8 +19,9 @@ from sft_lab.library import EXTRA_OF, OPTIMIZERS, SCHEDULERS, enum_values, field
 from sft_lab.schema import Config, DataConfig, TrainerConfig
 
 _QUANT_OPTION = {"bnb_4bit": "nf4", "bnb_8bit": "int8"}  # as a person types them
-_FILE_KINDS = "a .jsonl, .json, .csv or .parquet file"
+_FILE_KINDS = "a .jsonl, .json, .csv, .txt (or any of them .gz), .parquet or .arrow file, a directory of them or a glob"
 _LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "extra")
+OPEN = (*(f"{group}.extra" for group in EXTRA_OF), "data.columns", "data.sources")  # mappings of free names
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -42,29 +44,35 @@ def type_of(key: str) -> Any:
     """The declared type of a dotted key, None where the schema has no such key, dict for anything below `extra`."""
     kind: Any = Config
     for part in key.split("."):
-        if typing.get_origin(kind) is dict:
-            return dict
+        if typing.get_origin(kind) is dict:  # an entry of a name of the user's own
+            kind = typing.get_args(kind)[1]
+            if kind is Any:
+                return dict
+            continue
         if not dataclasses.is_dataclass(kind):
             return None
         kind = _fields(typing.cast(type, kind)).get(part)
     return kind
 
 
+def is_open(key: str) -> bool:
+    """Whether a key lies in a mapping whose entries have names of the user's own."""
+    return key.startswith(tuple(f"{name}." for name in OPEN))
+
+
 def unknown_key(given: str, key: str) -> str:
     """Names the nearest key beside it, else anywhere, and all that the deepest existing part of it has."""
-    parent, hint = "", typing.cast(Any, Config)
-    for part in key.split(".")[:-1]:
-        below = _fields(hint).get(part)
-        if not dataclasses.is_dataclass(below):
-            break
-        parent, hint = f"{parent}{part}.", below
-    last = key.split(".")[-1]
+    *above, last = key.split(".")
+    parents = [above[:length] for length in range(len(above), -1, -1)]
+    kinds = [(parent, type_of(".".join(parent)) if parent else Config) for parent in parents]
+    parent, kind = next((parent, kind) for parent, kind in kinds if dataclasses.is_dataclass(kind))
+    prefix, fields = "".join(f"{part}." for part in parent), list(_fields(typing.cast(type, kind)))
     near = (
-        [parent + name for name in difflib.get_close_matches(last, _fields(hint), n=1, cutoff=0.7)]
-        or difflib.get_close_matches(key, [k for k in _leaves() if k.split(".")[-1] == last], n=1, cutoff=0)
+        [prefix + name for name in difflib.get_close_matches(last, fields, n=1, cutoff=0.7)]
+        or sorted((k for k in _leaves() if k.split(".")[-1] == last), key=len)[:1]
         or difflib.get_close_matches(key, _leaves(), n=1, cutoff=0.8)
     )
-    return message(given, "no such key", near, f"keys of {parent[:-1]}" if parent else "keys", list(_fields(hint)))
+    return message(given, "no such key", near, f"keys of {prefix[:-1]}" if prefix else "keys", fields)
 
 
 def expected(key: str) -> str:
@@ -96,15 +104,21 @@ def refused(config: Config) -> list[str]:
 def _refused_values(node: Any, prefix: str = "") -> Iterator[str]:
     for field in dataclasses.fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
-        choices, minimum = field.metadata.get("choices"), field.metadata.get("min")
+        choices, minimum, maximum = (field.metadata.get(name) for name in ("choices", "min", "max"))
         if dataclasses.is_dataclass(value):
             yield from _refused_values(value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                if dataclasses.is_dataclass(item):
+                    yield from _refused_values(item, f"{key}.{name}.")
         elif choices and value not in choices:
             yield not_among(f"{key}={value}", "not allowed", str(value), choices)
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{key}={value} : not a finite number (allowed: a finite one)"
         elif minimum is not None and value < minimum:
-            yield f"{key}={value} : too small (allowed: {minimum} and more)"
+            yield f"{key}={value} : too small (allowed: {minimum} {'and more' if maximum is None else f'to {maximum}'})"
+        elif maximum is not None and value > maximum:
+            yield f"{key}={value} : too large (allowed: {minimum} to {maximum})"
 
 
 def _refused_names(trainer: TrainerConfig) -> Iterator[str]:
@@ -158,35 +172,102 @@ def _contradictions(c: Config) -> Iterator[str]:
 
 
 def _data_contradictions(c: Config) -> Iterator[str]:
-    if c.data.source == "requests" and c.data.path:
-        exists = "" if Path(c.data.path).exists() else "; there is no such file either"
+    yield from _source_contradictions(c.data)
+    yield from _held_out_contradictions(c.data)
+    if c.data.streaming and c.data.source in ("requests", "mixture"):
+        yield f"data.streaming=true : not with data.source={c.data.source} (allowed: data=from_file, data=from_hub)"
+    elif c.data.streaming:
+        yield from _streaming_contradictions(c)
+    if (c.chat_template.name == "file") != bool(c.chat_template.path):
         yield (
-            f"data.path={c.data.path} : data=requests makes its own rows and reads no file{exists} "
-            f"(allowed: data=from_file data.path={c.data.path})"
-        )
-    if c.data.source == "requests" and c.data.train_rows < 1:
-        yield f"data.train_rows={c.data.train_rows} : data=requests is made to order (allowed: 1 and more)"
-    if c.data.eval_rows > 0 and (c.data.eval_path or c.data.eval_split):
-        yield (
-            f"data.eval_rows={c.data.eval_rows} : rows are held out of the training rows only where there is no "
-            "data.eval_path or data.eval_split (allowed: 0)"
+            f"chat_template.path={c.chat_template.path} : with chat_template.name={c.chat_template.name} "
+            "(allowed: chat_template=from_file chat_template.path=FILE)"
         )
 
 
-def missing_files(data: DataConfig) -> list[str]:
-    """Files that `data` names and that are not there."""
-    if data.source != "file":
-        return []
-    problems = []
-    for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
-        if path and Path(path).is_dir():
-            problems.append(f"{key}={path} : is a directory (allowed: {_FILE_KINDS})")
-        elif path and not Path(path).is_file():
-            folder = Path(path).parent
-            names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-            near = [str(folder / n) for n in difflib.get_close_matches(Path(path).name, names, n=1)]
-            problems.append(message(f"{key}={path}", "no such file", near, "allowed", [_FILE_KINDS]))
-    return problems
+def _source_contradictions(data: DataConfig) -> Iterator[str]:
+    if data.source == "requests" and data.path:
+        exists = "" if Path(data.path).exists() else "; there is no such file either"
+        yield (
+            f"data.path={data.path} : data=requests makes its own rows and reads no file{exists} "
+            f"(allowed: data=from_file data.path={data.path})"
+        )
+    if data.source == "requests" and data.train_rows < 1:
+        yield f"data.train_rows={data.train_rows} : data=requests is made to order (allowed: 1 and more)"
+    if data.source == "mixture" and not data.sources:
+        yield "data.sources={} : a mixture of nothing (allowed: {NAME: {path: FILE, weight: 0.5}, ...})"
+    if data.source == "mixture" and data.path:
+        yield f"data.path={data.path} : a mixture has a path for each source (allowed: data.sources.NAME.path)"
+    if data.source != "mixture" and data.sources:
+        yield f"data.sources={{{', '.join(data.sources)}}} : only a mixture has several (allowed: data=mixture)"
+    for name, source in data.sources.items():
+        if source.weight != 1.0 and data.mix == "concatenate":
+            yield (
+                f"data.sources.{name}.weight={source.weight:g} : has no effect with data.mix=concatenate (allowed: "
+                f"data.sources.{name}.sample for a share of its rows, or data.mix=interleave_all_exhausted)"
+            )
+        if source.weight == 0 or source.sample == 0:
+            yield f"data.sources.{name} : of weight or sample 0 (allowed: above 0, or leave the source out)"
+
+
+def _held_out_contradictions(data: DataConfig) -> Iterator[str]:
+    held_out = {"eval_rows": max(data.eval_rows, 0), "eval_fraction": data.eval_fraction}
+    if data.eval_path or data.eval_split:
+        for key, value in held_out.items():
+            if value:
+                yield (
+                    f"data.{key}={value} : rows are held out of the training rows only where there is no "
+                    "data.eval_path or data.eval_split (allowed: 0)"
+                )
+    elif all(held_out.values()):
+        yield f"data.eval_fraction={data.eval_fraction} : beside data.eval_rows={data.eval_rows} (allowed: one of them)"
+    if data.source == "requests" and data.eval_fraction:
+        yield f"data.eval_fraction={data.eval_fraction} : data=requests is made to order (allowed: data.eval_rows)"
+
+
+def _streaming_contradictions(c: Config) -> Iterator[str]:
+    """What needs all rows at once cannot be had of a stream."""
+    if c.trainer.max_steps < 1:
+        yield (
+            f"trainer.max_steps={c.trainer.max_steps} : with data.streaming=true nobody knows how many rows there are "
+            "(allowed: 1 and more)"
+        )
+    for key, value in (
+        ("data.deduplicate", c.data.deduplicate != "none" and c.data.deduplicate),
+        ("data.eval_rows", c.data.eval_rows > 0 and c.data.eval_rows),
+        ("data.eval_fraction", c.data.eval_fraction),
+        ("data.train_rows", c.data.train_rows >= 0 and c.data.train_rows),
+    ):
+        if value:
+            yield f"{key}={value} : needs all rows, not with data.streaming=true (allowed: leave one of them out)"
+    if c.trainer.train_sampling_strategy == "group_by_length":
+        yield (
+            "trainer.train_sampling_strategy=group_by_length : needs all rows at once, not with data.streaming=true "
+            "(allowed: auto, random, sequential)"
+        )
+
+
+def missing_files(config: Config) -> list[str]:
+    """Files that the config names and that are not there."""
+    data = config.data
+    paths = {"data.path": data.path if data.source == "file" else ""}
+    paths["data.eval_path"] = data.eval_path if data.source in ("file", "mixture") else ""
+    paths |= {f"data.sources.{name}.path": s.path for name, s in data.sources.items() if s.source == "file"}
+    problems = [_missing(key, path) for key, path in paths.items() if path]
+    if config.chat_template.path and not Path(config.chat_template.path).is_file():
+        problems.append(f"chat_template.path={config.chat_template.path} : no such file (allowed: a jinja file)")
+    return [problem for problem in problems if problem]
+
+
+def _missing(key: str, path: str) -> str | None:
+    if Path(path).exists() or (glob.has_magic(path) and glob.glob(path, recursive=True)):  # noqa: PTH207  any root
+        return None
+    if glob.has_magic(path):
+        return f"{key}={path} : no file matches (allowed: {_FILE_KINDS})"
+    folder = Path(path).parent
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    near = [str(folder / n) for n in difflib.get_close_matches(Path(path).name, names, n=1)]
+    return message(f"{key}={path}", "no such file", near, "allowed", [_FILE_KINDS])
 
 
 def _batch_contradictions(c: Config) -> Iterator[str]:

@@ -31,11 +31,11 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from sft_lab import checks, runs
 from sft_lab.errors import ConfigError
-from sft_lab.library import EXTRA_OF
-from sft_lab.schema import Config, DataConfig, SweepConfig
+from sft_lab.schema import Config, SweepConfig
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+_NOT_TRAINED = ("preflight", "sweep", "tracking")  # sections that change nothing of what comes out
 
 
 # --------------------------------------------------------------------------------------------- what Hydra is told
@@ -44,8 +44,8 @@ CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.paren
 def register() -> None:
     """Tell Hydra the schema and the resolvers of conf/; may be called again."""
     schema = OmegaConf.structured(Config)
-    for group in EXTRA_OF:
-        OmegaConf.set_struct(schema[group].extra, False)  # so that trainer.extra.key=value needs no `+`
+    for key in checks.OPEN:
+        OmegaConf.set_struct(OmegaConf.select(schema, key), False)  # so that trainer.extra.key=value needs no `+`
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("random_id", lambda: runs.RUN_ID, replace=True)
     OmegaConf.register_new_resolver("trial_id", _trial_id, replace=True)
@@ -54,15 +54,15 @@ def register() -> None:
 
 def _trial_id(*, _root_: DictConfig) -> str:
     """A sweep trial's directory name, from what it trains and not from how it was typed."""
-    own = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in ("hydra", "sweep", "tracking")])
+    own = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in ("hydra", *_NOT_TRAINED)])
     config = _agreed(_to_dataclasses(_schema_with(own)))  # unchecked: a bad trial fails as a trial, not here
-    trained = {key: value for key, value in to_dict(config).items() if key not in ("sweep", "tracking")}
+    trained = {key: value for key, value in to_dict(config).items() if key not in _NOT_TRAINED}
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
     return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
 
 
 def _schema_with(cfg: DictConfig) -> DictConfig:
-    """A config without `sweep` and `tracking`, made complete."""
+    """A config without what trains nothing, made complete."""
     merged = OmegaConf.merge(OmegaConf.structured(Config(sweep=SweepConfig(name="-"))), cfg)
     assert isinstance(merged, DictConfig)
     return merged
@@ -89,6 +89,7 @@ def help_text() -> str:
         "",
         "  python -m sft_lab [train] [GROUP=OPTION ...] [KEY=VALUE ...]     one run",
         "  python -m sft_lab -m KEY=VALUE,VALUE ...                         a sweep",
+        "  python -m sft_lab plan|inspect [GROUP=OPTION ...]                what it will do; the rows as they train",
         "  python -m sft_lab resume|eval|chat RUN_DIR, env                  --help tells more of each",
         "",
         "Groups and their options",
@@ -158,13 +159,27 @@ def check_command_line(command: CommandLine) -> Path | None:
         choices = _single_values(command.overrides, loader) if command.multirun else [command.overrides]
         for overrides in choices:
             cfg, found = _compose_and_check(loader, overrides, command.name)
-            problems += found or checks.missing_files(_to_dataclasses(cfg).data if cfg is not None else DataConfig())
+            problems += found or (checks.missing_files(_to_dataclasses(cfg)) if cfg is not None else [])
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         if command.multirun:
             return None
         full = hydra_compose(config_name=command.name, overrides=command.overrides, return_hydra_config=True)
     return Path(OmegaConf.select(full, "hydra.run.dir"))
+
+
+def one_run(words: Sequence[str], verb: str) -> tuple[Config, Path]:
+    """The config that `words` compose to, and the directory that a run of it would have.
+
+    Raises:
+        ConfigError: a list of everything that is wrong, or the words ask for a sweep.
+    """
+    command = parse_command_line(words)
+    if command.multirun:
+        raise ConfigError(f"{verb} -m : one run at a time (allowed: the overrides of one trial)")
+    run_dir = check_command_line(command)
+    assert run_dir is not None
+    return to_config(compose(command.overrides, command.conf_dir, command.name)), run_dir
 
 
 @contextlib.contextmanager
@@ -190,7 +205,8 @@ def _compose_and_check(
     if cfg is not None:  # a group or key that is wrong already is not asked what else follows from it
         wrong = {_key_of(problem) for problem in problems}
         later = [(_key_of(problem), problem) for problem in problems_of(cfg)]
-        problems += [problem for key, problem in later if not {key, key.split(".")[0]} & wrong]
+        below = {key for key, _ in later if any(other.startswith(f"{key}.") for other in wrong)}
+        problems += [problem for key, problem in later if not {key, key.split(".")[0]} & (wrong | below)]
     return cfg, problems
 
 
@@ -212,6 +228,7 @@ def _compose_valid(loader: ConfigLoader, overrides: Sequence[str], name: str) ->
     base = _try_compose([t for t in valid if t not in {v[0] for v in values}], name, problems)
     if base is None:
         return None, problems
+    OmegaConf.set_struct(base, True)
     for text, override in values:
         problem = _key_problem(text, override, base)
         if problem:
@@ -258,16 +275,16 @@ def _syntax_or_option_problem(text: str, loader: ConfigLoader, values: list[tupl
 
 
 def _key_problem(text: str, override: Override, cfg: DictConfig) -> str | None:
-    """What is wrong with an override that sets a value: the key, or the value's type."""
+    """What is wrong with an override that sets a value, the key or the value's type; else it is set in `cfg`."""
     key, value = override.key_or_group, override.value()
     if checks.type_of(key) is None:
         return checks.unknown_key(text, key)
     if override.is_delete():
         return f"{text} : cannot be deleted, every key of the schema has a value"
-    copy = OmegaConf.create(cfg)
-    OmegaConf.set_struct(copy, True)
+    if key.startswith("data.sources.") and (name := key.split(".")[2]) not in cfg.data.sources:
+        return f"{text} : there is no source {name} yet (allowed: 'data.sources={{{name}: {{path: FILE}}}}')"
     try:
-        OmegaConf.update(copy, key, value, merge=isinstance(value, Mapping), force_add=".extra." in key)
+        OmegaConf.update(cfg, key, value, merge=isinstance(value, Mapping), force_add=checks.is_open(key))
     except ValidationError:
         return f"{text} : allowed is {checks.expected(key)}"
     except ConfigKeyError as error:
@@ -327,7 +344,7 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
                 continue
             if hint is None:
                 yield key
-            elif dataclasses.is_dataclass(hint):
+            elif dataclasses.is_dataclass(hint) or key == "data.sources":
                 yield from walk(node[name], f"{key}.")
 
     return list(walk(cfg, ""))
@@ -382,15 +399,22 @@ def with_other_data(config: Config, overrides: Sequence[str]) -> Config:
     if any(text.startswith("data=") for text in overrides):
         data = to_config(compose(overrides)).data
     else:
-        kept = [
-            f"data.{key}={json.dumps(value, ensure_ascii=False)}"
-            for key, value in dataclasses.asdict(config.data).items()
-        ]
+        kept = [f"{key}={value}" for key, value in _typed("data", dataclasses.asdict(config.data))]
         data = to_config(compose([*kept, *overrides])).data
-    problems = checks.missing_files(data)
+    other_config = dataclasses.replace(config, data=data)
+    problems = checks.missing_files(other_config)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(config, data=data)
+    return other_config
+
+
+def _typed(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The overrides that set `values`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _typed(f"{prefix}.{name}", value)
+        else:
+            yield f"{prefix}.{name}", json.dumps(value, ensure_ascii=False)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

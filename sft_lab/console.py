@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -24,6 +26,21 @@ def show_facts(facts: dict[str, str]) -> None:
     for name, value in facts.items():
         table.add_row(name, value)
     console.print(table)
+
+
+_STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
+
+
+def show_findings(findings: Sequence[dict[str, Any]], ids: int) -> None:
+    """What the preflight found, a line each, with the first `ids` rows that show it below."""
+    width = max(len(finding["name"]) for finding in findings)
+    for finding in findings:
+        level = Text(f"{finding['level']:<8}", style=_STYLES[finding["level"]])
+        console.print(level + Text(f"{finding['name']:<{width}}  {finding['message']}"))
+        for row in finding["rows"][:ids]:
+            say(f"{'':<{width + 10}}{row}")
+        if len(finding["rows"]) > ids:
+            say(f"{'':<{width + 10}}and {len(finding['rows']) - ids} more")
 
 
 def say(text: str) -> None:

@@ -14,7 +14,8 @@ from sft_lab import config as configs
 from sft_lab import preflight, provenance, train
 from sft_lab.callbacks import Stop
 from sft_lab.console import say
-from sft_lab.data.prepare import Prepared, prepare
+from sft_lab.data.prepare import prepare
+from sft_lab.data.prepared import Prepared
 from sft_lab.errors import ConfigError, Interrupted, PreflightError, RunError, SftLabError
 from sft_lab.logs import RunLog, run_log
 from sft_lab.runs import RunDirectory, now, read_json, write_json, write_text

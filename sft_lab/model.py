@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft_lab import embedded, quant
+from sft_lab import attention, embedded, quant
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import Config, ModelConfig
 
@@ -51,6 +51,14 @@ def resolve_precision(config: Config) -> Precision:
     return Precision(training, dtype, why)
 
 
+def resolve_attention(config: Config) -> str:
+    """What `model.attn_implementation=auto` comes to: for packed rows, the one that pays for each document alone."""
+    asked = config.model.attn_implementation
+    if asked != "auto":
+        return asked
+    return attention.SDPA_PER_DOCUMENT if config.trainer.packing else "sdpa"
+
+
 def device() -> str:
     import torch
 
@@ -87,11 +95,12 @@ def load_model(config: Config) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    attention.register()
     model, precision = config.model, resolve_precision(config)
     arguments: dict[str, Any] = {
         "revision": model.revision,
         "dtype": precision.dtype,
-        "attn_implementation": model.attn_implementation,
+        "attn_implementation": resolve_attention(config),
         "trust_remote_code": model.trust_remote_code,
         **model.extra,
     }
@@ -101,6 +110,13 @@ def load_model(config: Config) -> Any:
     path = embedded.resolve(model.path)
     with told(model):
         return AutoModelForCausalLM.from_pretrained(path, **arguments)
+
+
+def fit_embeddings(model: Any, tokenizer: Any) -> None:
+    """Give the embeddings a row for each token that the tokenizer was given beyond them, drawn near their mean."""
+    rows = model.get_input_embeddings().weight
+    if len(tokenizer) > rows.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=rows.device.type != "meta")
 
 
 @contextlib.contextmanager

@@ -7,84 +7,242 @@ import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from sft_lab import adapter, evaluate, tracking
 from sft_lab import config as configs
 from sft_lab import model as models
-from sft_lab.data.prepare import Prepared
-from sft_lab.data.tokenize import IGNORE
+from sft_lab import trainer as trainers
+from sft_lab.data.batches import TrainingRows
+from sft_lab.data.prepared import Prepared
 from sft_lab.errors import PreflightError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 
 _ADAM_BYTES = 12  # a trained parameter in fp32 and its two AdamW moments
+_LISTED = 100  # ids of rows that show a finding; where rows were left out or changed, all are listed
+_PERCENTILES = (0, 5, 50, 95, 99, 100)
+_LITTLE = 0.01  # a share of tokens with loss below which the mask deserves a look
 
 
 @dataclass
 class Report:
     """Findings, and what preflight.json holds beside them."""
 
+    allowed: list[str] = field(default_factory=list)
     findings: list[dict[str, Any]] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, level: str, message: str, rows: list[str] | None = None) -> None:
-        """`level` is error, warning or fact; `rows` are ids of rows that show it."""
+        """`level` is error, warning or fact; `rows` are ids of rows that show it. An allowed error is a warning."""
+        if level == "error" and name in self.allowed:
+            level, message = "warning", f"{message} (allowed by preflight.allow)"
         self.findings.append({"name": name, "level": level, "message": message, "rows": rows or []})
 
     @property
     def errors(self) -> list[str]:
-        return [f"{f['name']} : {f['message']}" for f in self.findings if f["level"] == "error"]
+        return [_told(finding) for finding in self.findings if finding["level"] == "error"]
 
     def as_dict(self) -> dict[str, Any]:
         return {"ok": not self.errors, "findings": self.findings, **self.numbers}
 
 
+def _told(finding: dict[str, Any]) -> str:
+    rows = finding["rows"]
+    shown = f": {', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}" if rows else ""
+    return f"{finding['name']} : {finding['message']}{shown} (preflight.allow=[{finding['name']}] lets it through)"
+
+
 def check(config: Config, data: Prepared, run: RunDirectory) -> Report:
-    """Examine a prepared run.
+    """Examine a prepared run and stop it where it would be wasted.
 
     Raises:
-        PreflightError: something that would waste the run, each finding by name.
+        PreflightError: each finding that is an error, by name, with rows that show it.
     """
-    models.resolve_precision(config)
-    if config.tracking.method == "wandb" and config.tracking.mode == "online":
-        tracking.require_key()
-    report = Report()
-    _rows(config, data, report)
-    _model(config, data, report)
-    _steps_and_disk(config, data, run, report)
-    report.numbers["memory"] = report.numbers["time_s"] = None  # not predicted yet
-    report.numbers["config"] = configs.to_dict(config)
+    report = examine(config, data, run)
     if report.errors:
         raise PreflightError(report.errors)
     return report
 
 
+def examine(config: Config, data: Prepared, run: RunDirectory) -> Report:
+    """Everything that can be said of a prepared run before it costs anything."""
+    models.resolve_precision(config)
+    if config.tracking.method == "wandb" and config.tracking.mode == "online":
+        tracking.require_key()
+    report = Report(config.preflight.allow)
+    _rows(config, data, report)
+    _peculiar_rows(config, data, report)
+    _duplicates_and_leaks(config, data, report)
+    _tokens(config, data, report)
+    _template(data, report)
+    _held_out(config, data, report)
+    _model(config, data, report)
+    _steps(config, data, report)
+    _disk(config, run, report)
+    report.numbers["memory"] = report.numbers["time_s"] = None  # not predicted yet
+    # A sweep's name says where a run lands and, unless it was given, what time it is.
+    report.numbers["config"] = {name: part for name, part in configs.to_dict(config).items() if name != "sweep"}
+    _unknown_names(config, report)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
 def _rows(config: Config, data: Prepared, report: Report) -> None:
+    """Which rows were read, kept, left out and why."""
     facts = data.facts
-    total, supervised = facts["tokens"]["total"], facts["tokens"]["supervised"]
+    rows = facts["rows"]
     report.numbers |= {
-        "rows": facts["rows"],
+        "rows": rows,
         "eval_rows": len(data.eval),
-        "tokens": {"total": total, "supervised": supervised, "padding_share": _padding_share(config, data)},
         "data_fingerprint": facts["data_fingerprint"],
     }
-    report.add("tokens", "fact", f"{total} tokens, {supervised / total:.0%} of them carry loss")
-    report.add("chat_template", "fact", f"{facts['chat_template']}; a turn ends with {facts['turn_end']}")
-    unsupervised = [
-        str(number)
-        for number, labels in enumerate(data.train["labels"], start=1)
-        if all(label == IGNORE for label in labels)
-    ]
-    if unsupervised:
-        report.add("no_supervised_token", "error", f"{len(unsupervised)} rows carry no loss", unsupervised[:20])
-    for reason, rows in facts["dropped_rows"].items():
-        report.add(f"dropped_{reason}", "warning", f"{len(rows)} rows left out ({reason})", rows)
-    for reason, rows in facts["dropped_eval_rows"].items():
-        report.add(f"dropped_eval_{reason}", "warning", f"{len(rows)} held-out rows left out ({reason})", rows)
-    if facts["truncated_rows"]:
-        rows = facts["truncated_rows"]
-        report.add(
-            "truncated", "warning", f"{len(rows)} rows cut to trainer.max_length={config.trainer.max_length}", rows
-        )
+    report.add("rows", "fact", f"{rows['read']} rows read, {rows['kept']} train, {len(data.eval)} are held out")
+    if config.data.streaming:
+        report.add("streaming", "warning", f"only the first {rows['read']} rows were looked at, the others stream by")
+    if len(facts["mixed"]) > 1:
+        shares = ", ".join(f"{name} {count} ({count / rows['kept']:.1%})" for name, count in facts["mixed"].items())
+        report.add("mixture", "fact", shares)
+    for kind, dropped, bad in (
+        ("", facts["dropped_rows"], facts["bad_rows"]),
+        ("eval_", facts["dropped_eval_rows"], facts["bad_eval_rows"]),
+    ):
+        reasons = {(place, number): reason for place, number, reason in bad}
+        for name, names in dropped.items():
+            ids = [_with_reason(data.named(*row), reasons.get((row[0], row[1]))) for row in names]
+            held_out = "held-out " if kind else ""
+            report.add(f"dropped_{kind}{name}", "warning", f"{len(ids)} {held_out}rows left out ({name})", ids)
+    for how, names in facts["shortened_rows"].items():
+        ids = [data.named(*row) for row in names]
+        report.add(how, "warning", f"{len(ids)} rows of more than {config.trainer.max_length} tokens: {how}", ids)
+
+
+def _with_reason(row: str, reason: str | None) -> str:
+    return f"{row}: {reason}" if reason else row
+
+
+_NOTES = {
+    "double_bos": ("error", "rows begin with more than one beginning-of-sequence token"),
+    "no_bos": ("warning", "rows have no beginning-of-sequence token, which the tokenizer puts before text"),
+    "extra_eos": ("error", "rows end a turn with its end token twice"),
+    "untrained_turn_end": ("error", "rows learn words whose end of turn they do not learn"),
+    "special_tokens_in_text": ("warning", "rows have special tokens written out in their text, which become real ones"),
+    "same_role_twice": ("warning", "rows have two turns of one role after another"),
+    "assistant_first": ("warning", "rows begin with the assistant"),
+    "tool_without_call": ("warning", "rows have a tool's answer that no call asked for"),
+    "ends_with_user": ("fact", "rows end with a turn that is not the assistant's"),
+    "empty_answer": ("warning", "rows have an empty answer"),
+    "thought_left_out": ("warning", "rows have a thought (reasoning_content) that the chat template leaves out"),
+    "prompt_tokens_differ": ("warning", "rows have a prompt that is cut into other tokens than it is when alone"),
+    "text": ("fact", "rows are plain text, all of it learned"),
+}
+
+
+def _peculiar_rows(config: Config, data: Prepared, report: Report) -> None:
+    """What was noticed of single rows while they were made into tokens."""
+    import pyarrow.compute as pc
+
+    notes = data.train.data.column("notes")
+    if data.order is not None:
+        notes = notes.take(data.order)
+    seen = {note for text in pc.unique(notes).to_pylist() for note in text.split()}
+    for name in sorted(seen & _NOTES.keys()):
+        level, message = _NOTES[name]
+        which = pc.indices_nonzero(pc.match_substring_regex(notes, rf"\b{name}\b")).to_pylist()
+        ids = [data.row_id(data.train[i]) for i in which[:_LISTED]]
+        report.add(name, level, f"{len(which)} {message}", ids)
+    silent = np.flatnonzero(data.column("supervised") == 0)
+    if len(silent):
+        ids = [data.row_id(data.train[int(i)]) for i in silent[:_LISTED]]
+        report.add("no_supervised_token", "error", f"{len(silent)} rows carry no loss", ids)
+
+
+def _duplicates_and_leaks(config: Config, data: Prepared, report: Report) -> None:
+    for kind, pairs in data.facts["duplicates"].items():
+        if pairs:
+            alike = {"exact": "repeat another, capitals and white space aside", "near": "nearly repeat another"}[kind]
+            gone = config.data.deduplicate in (kind, "near")
+            what = "left out" if gone else f"kept, data.deduplicate={kind} leaves them out"
+            ids = [f"{data.named(*row)} repeats {data.named(*other)}" for row, other in pairs[:_LISTED]]
+            report.add(f"duplicates_{kind}", "warning", f"{len(pairs)} rows {alike} ({what})", ids)
+    distinct, rows = data.facts["distinct_answers"], len(np.unique(data.column("digest")))
+    if distinct < rows:
+        report.add("answers", "fact", f"{rows} different rows have {distinct} different answers")
+    leaks = data.facts["leaks"]
+    if not leaks:
+        return
+    held_out = {leak[2] for leak in leaks}
+    exact = sum(leak[3] == "exact" for leak in leaks)
+    message = (
+        f"{len(held_out)} of {len(data.eval)} held-out rows stand among the training rows ({exact} pairs alike, "
+        f"{len(leaks) - exact} nearly)"
+    )
+    dropped = config.data.on_leak == "drop"
+    hint = "; the training rows were left out" if dropped else "; data.on_leak=drop leaves the training rows out"
+    ids = [f"{data.named(p, n)} gives away {data.row_id(data.eval[i])} ({kind})" for p, n, i, kind in leaks[:_LISTED]]
+    report.add("leak", "warning" if dropped else "error", message + hint, ids)
+
+
+# ------------------------------------------------------------------------------------------------- tokens, template
+
+
+def _tokens(config: Config, data: Prepared, report: Report) -> None:
+    tokens, lengths = data.facts["tokens"], data.column("length")
+    total, supervised = tokens["total"], tokens["supervised"]
+    spread = {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in _PERCENTILES}
+    report.numbers["tokens"] = {"total": total, "supervised": supervised, "lengths": spread}
+    report.add("tokens", "fact", f"{total} tokens, {supervised / total:.1%} of them carry loss")
+    told = f"{spread['p0']} to {spread['p100']} tokens, median {spread['p50']}, 95 % up to {spread['p95']}"
+    report.add("lengths", "fact", f"rows of {told}")
+    if supervised / total < _LITTLE:
+        report.add("little_supervision", "warning", f"only {supervised / total:.2%} of the tokens carry loss")
+
+
+def _template(data: Prepared, report: Report) -> None:
+    used, tokenizer = data.template, data.tokenizer
+    report.add("chat_template", "fact", f"{used.name}; a turn ends with {used.turn_end.token}")
+    if used.added_tokens:
+        tokens = ", ".join(used.added_tokens)
+        report.add("added_tokens", "fact", f"the tokenizer lacked {tokens}: added, and their embeddings are trained")
+    if tokenizer.pad_token_id in (used.turn_end.id, tokenizer.eos_token_id):
+        report.add("pad_ends_turns", "error", f"{tokenizer.pad_token} pads rows and ends turns or texts")
+    counts = _special_counts(data)
+    report.numbers["special_tokens"] = counts
+    told = ", ".join(f"{name} {token} {least} to {most}" for name, (token, least, most) in counts.items())
+    if told:
+        report.add("special_tokens", "fact", f"in a row: {told}")
+
+
+def _special_counts(data: Prepared) -> dict[str, tuple[str, int, int]]:
+    """Of BOS, EOS and the end of turn: the token, and how often it stands in a row, least and most."""
+    used, tokenizer = data.template, data.tokenizer
+    wanted = {
+        "bos": (tokenizer.bos_token, tokenizer.bos_token_id),
+        "eos": (tokenizer.eos_token, tokenizer.eos_token_id),
+        "turn_end": (used.turn_end.token, used.turn_end.id),
+    }
+    found = {}
+    for name, (token, id_) in wanted.items():
+        if id_ is not None:
+            counts = _count_per_row(data, id_)
+            found[name] = (str(token), int(counts.min()), int(counts.max()))
+    return found
+
+
+def _count_per_row(data: Prepared, id_: int) -> np.ndarray:
+    """How often a token stands in each training row."""
+    counts = []
+    for chunk in data.train.data.column("input_ids").chunks:
+        offsets = chunk.offsets.to_numpy()
+        hits = np.concatenate([[0], np.cumsum(chunk.values.to_numpy() == id_)])
+        counts.append(hits[offsets[1:]] - hits[offsets[:-1]])
+    every = np.concatenate(counts)
+    return every if data.order is None else every[data.order]
+
+
+def _held_out(config: Config, data: Prepared, report: Report) -> None:
     unknown = [name for name in config.data.metrics if name not in evaluate.METRICS]
     if unknown:
         report.add("data.metrics", "error", f"no such metric: {unknown} (allowed: {', '.join(evaluate.METRICS)})")
@@ -92,26 +250,33 @@ def _rows(config: Config, data: Prepared, report: Report) -> None:
         report.add("trainer.eval_steps", "error", f"{config.trainer.eval_steps} given, and there are no held-out rows")
 
 
-def _padding_share(config: Config, data: Prepared) -> float:
-    """Share of padding when rows are batched in the order they have; shuffling changes it little."""
-    lengths = [len(ids) for ids in data.train["input_ids"]]
-    size = config.trainer.per_device_train_batch_size
-    padded = sum(max(batch) * len(batch) for batch in (lengths[i : i + size] for i in range(0, len(lengths), size)))
-    return round(1 - sum(lengths) / padded, 4)
+def _unknown_names(config: Config, report: Report) -> None:
+    """A name in preflight.allow that no finding has, mistyped or no longer needed."""
+    names = {finding["name"] for finding in report.findings}
+    for name in config.preflight.allow:
+        if name not in names:
+            report.add("preflight.allow", "warning", f"{name} is no finding of this run")
+
+
+# ------------------------------------------------------------------------------------------------------ model, costs
 
 
 def _model(config: Config, data: Prepared, report: Report) -> None:
-    total, trainable, vocabulary = _count_parameters(config)
+    import pyarrow.compute as pc
+
+    total, trainable, vocabulary = _count_parameters(config, data)
     report.numbers["parameters"] = {"total": total, "trainable": trainable}
     report.add("parameters", "fact", f"{trainable} of {total} parameters are trained ({trainable / total:.2%})")
-    highest = max(max(ids) for ids in data.train["input_ids"])
+    attention = trainers.attention_of(config)
+    report.add("attention", "fact", attention)
+    highest = max(pc.max(chunk.values).as_py() for chunk in data.train.data.column("input_ids").chunks)
     if highest >= vocabulary:
         report.add(
             "vocabulary", "error", f"token {highest} of the tokenizer has no embedding, the model has {vocabulary}"
         )
 
 
-def _count_parameters(config: Config) -> tuple[int, int, int]:
+def _count_parameters(config: Config, data: Prepared) -> tuple[int, int, int]:
     """All parameters, those trained, and rows of the embedding; from a model without weights.
 
     Raises:
@@ -124,7 +289,8 @@ def _count_parameters(config: Config) -> tuple[int, int, int]:
     architecture = models.load_config(config.model)
     with models.told(config.model), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
-    lora = adapter.build(config.peft)
+        models.fit_embeddings(model, data.tokenizer)
+    lora = adapter.build(config.peft, adapter.new_tokens(model, data.template, data.tokenizer))
     if lora is not None:
         try:
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
@@ -135,17 +301,33 @@ def _count_parameters(config: Config) -> tuple[int, int, int]:
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained), vocabulary
 
 
-def _steps_and_disk(config: Config, data: Prepared, run: RunDirectory, report: Report) -> None:
+def _steps(config: Config, data: Prepared, report: Report) -> None:
     t = config.trainer
-    per_epoch = math.ceil(math.ceil(len(data.train) / t.per_device_train_batch_size) / t.gradient_accumulation_steps)
+    rows = TrainingRows(data.train, data.column("length"), config)
+    per_epoch = math.ceil(math.ceil(len(rows) / t.per_device_train_batch_size) / t.gradient_accumulation_steps)
     steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * per_epoch)
-    row_tokens = report.numbers["tokens"]["total"] / len(data.train)
-    report.numbers |= {"steps": steps, "tokens_per_step": round(row_tokens * t.global_batch_size)}
-    trainable = report.numbers["parameters"]["trainable"]
-    kept = min(t.save_total_limit + 1, math.ceil(steps / t.save_steps))  # the oldest goes after the newest is written
+    padding = round(trainers.padding_share(config, rows), 4)
+    total = report.numbers["tokens"]["total"]
+    report.numbers["tokens"]["padding_share"] = padding
+    report.numbers |= {"steps": steps, "tokens_per_step": round(total / per_epoch)}
+    report.add("steps", "fact", f"{steps} steps of about {report.numbers['tokens_per_step']} tokens")
+    if rows.packs is not None:
+        filled = round(total / (len(rows) * t.max_length), 4)
+        report.numbers["packing"] = {"rows": len(rows), "filled": filled}
+        packed = f"{len(data.train)} rows in {len(rows)} of {t.max_length} tokens, {filled:.1%} full"
+        report.add("packing", "fact", packed)
+    report.add("padding", "fact", f"{padding:.1%} of what the model computes is padding")
+
+
+def _disk(config: Config, run: RunDirectory, report: Report) -> None:
+    """Checkpoints and adapter, against the space that is there."""
+    t, trainable = config.trainer, report.numbers["parameters"]["trainable"]
+    checkpoints = math.ceil(report.numbers["steps"] / t.save_steps)
+    kept = min(t.save_total_limit + 1, checkpoints)  # the oldest goes after the newest is written
     disk = trainable * (_ADAM_BYTES * kept + 4)
     report.numbers["disk_bytes"] = disk
+    report.add("disk", "fact", f"{disk / 1e6:.0f} MB for {kept} checkpoints and the adapter")
     place = next(p for p in (run.path, *run.path.parents) if p.exists())
     free = shutil.disk_usage(place).free
     if disk > free:
-        report.add("disk", "error", f"checkpoints and adapter need {disk} bytes, {place} has {free}")
+        report.add("disk_full", "error", f"checkpoints and adapter need {disk} bytes, {place} has {free}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from sft_lab import __version__, embedded
 from sft_lab import model as models
-from sft_lab.data.prepare import Prepared
+from sft_lab.data.prepared import Prepared
 from sft_lab.schema import Config
 
 _PACKAGES = (

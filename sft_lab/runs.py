@@ -59,6 +59,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_directory(source: Path, target: Path) -> None:
+    """Hard links in `target` to the files of `source`, copies where it lies on another file system."""
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copy2(file, target / file.name)
+
+
 class RunDirectory:
     """Paths and states of one run. Nothing is created before `claim`."""
 

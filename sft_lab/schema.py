@@ -1,7 +1,7 @@
 """Every config key: its type, default, and what is allowed.
 
 The files in conf/ hold what a run uses; the defaults here only make each group constructible in a test. `metadata`
-carries what a type cannot say: `choices` (allowed values) and `min` (smallest allowed number). `extra` mappings pass
+carries what a type cannot say: `choices` (allowed values), `min` and `max`. `extra` mappings pass
 further arguments to the library class that the group builds; `config.py` checks their keys against that class.
 """
 
@@ -34,7 +34,9 @@ class ModelConfig:
     path: str = MISSING  # a directory, a hub id, or embedded:NAME
     revision: str = "main"
     dtype: str = _choice("auto", "auto", "float32", "bfloat16", "float16")
-    attn_implementation: str = _choice("sdpa", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+    attn_implementation: str = _choice(
+        "auto", "auto", "sdpa", "sdpa_per_document", "eager", "flash_attention_2", "flash_attention_3"
+    )
     trust_remote_code: bool = False
     suggested: SuggestedConfig = field(default_factory=SuggestedConfig)
     extra: dict[str, Any] = field(default_factory=dict)  # AutoModelForCausalLM.from_pretrained
@@ -64,26 +66,65 @@ class QuantConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # transformers.BitsAndBytesConfig
 
 
+def _between(low: float, high: float, default: float) -> Any:
+    return field(default=default, metadata={"min": low, "max": high})
+
+
+FORMATS = (
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "tokens",
+)  # fmt: skip
+
+
 @dataclass
-class DataConfig:
-    source: str = _choice("file", "requests", "file", "hub")
-    path: str = MISSING  # a file, or a hub id
+class LocationConfig:
+    """Where rows are and what they look like."""
+
+    source: str = _choice("file", "file", "hub")
+    path: str = MISSING  # a file, a directory of files, a glob, or a hub id
     name: str = ""  # the hub data set's configuration
     split: str = "train"
     revision: str = "main"
+    format: str = _choice("auto", *FORMATS)
+    columns: dict[str, str] = field(default_factory=dict)  # {our column: the data's}; a.0.b leads into nested ones
+
+
+@dataclass
+class SourceConfig(LocationConfig):
+    """One of several sources that are mixed."""
+
+    weight: float = _at_least(0, 1.0)  # share of the rows drawn, against the other sources' weights
+    sample: float = _between(0, 1, 1.0)  # share of its rows that take part
+    max_rows: int = _at_least(-1, -1)
+    seed: int = _at_least(-1, -1)  # of its sample; -1: data.seed
+
+
+@dataclass
+class DataConfig(LocationConfig):
+    source: str = _choice("file", "requests", "file", "hub", "mixture")
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # of a mixture, by names of your own
+    mix: str = _choice("concatenate", "concatenate", "interleave_first_exhausted", "interleave_all_exhausted")
+    seed: int = _at_least(0, 42)  # of samples, mixing and of which rows are held out
     eval_path: str = ""
     eval_split: str = ""
-    format: str = _choice("auto", "auto", "messages", "prompt_completion", "alpaca")
-    train_rows: int = _at_least(-1, -1)  # -1: all
     eval_rows: int = _at_least(-1, -1)  # held out of the training rows where there is no eval_path or eval_split
+    eval_fraction: float = _between(0, 1, 0.0)  # the same as a share of them
+    train_rows: int = _at_least(-1, -1)  # -1: all
+    loss: str = _choice("assistant", "assistant", "completion", "all", "last_turn")
     on_bad_row: str = _choice("error", "error", "skip")
-    on_long_row: str = _choice("drop", "drop", "truncate", "error")
+    on_long_row: str = _choice("drop", "drop", "truncate", "split", "error")
+    truncation_side: str = _choice("right", "right", "left")
+    deduplicate: str = _choice("none", "none", "exact", "near")
+    on_leak: str = _choice("error", "error", "drop")
+    streaming: bool = False
+    shuffle_buffer: int = _at_least(1, 1000)  # rows that streaming draws from
+    num_proc: int = _at_least(0, 0)  # processes that tokenise; 0: one, or all cores where there is much to do
     metrics: list[str] = field(default_factory=list)
 
 
 @dataclass
 class ChatTemplateConfig:
-    name: str = _choice("auto", "auto", "chatml", "zephyr")
+    name: str = _choice("auto", "auto", "chatml", "zephyr", "llama3", "mistral", "gemma", "qwen", "alpaca", "file")
+    path: str = ""  # of a jinja file, for name=file
 
 
 @dataclass
@@ -102,6 +143,7 @@ class TrainerConfig:
     global_batch_size: int = _at_least(0, 0)  # 0: per_device_train_batch_size x gradient_accumulation_steps x processes
     max_length: int = _at_least(2, 1024)
     packing: bool = False
+    train_sampling_strategy: str = _choice("auto", "auto", "random", "group_by_length", "sequential")
     gradient_checkpointing: bool = False
     use_reentrant: bool = False
     precision: str = _choice("auto", "auto", "fp32", "bf16", "fp16")
@@ -145,6 +187,11 @@ class EvaluationConfig:
 
 
 @dataclass
+class PreflightConfig:
+    allow: list[str] = field(default_factory=list)  # names of findings that do not stop the run
+
+
+@dataclass
 class SweepConfig:
     name: str = MISSING
 
@@ -161,4 +208,5 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

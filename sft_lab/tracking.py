@@ -41,6 +41,9 @@ class Tracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Add a table to the row of a global step."""
 
+    def html(self, name: str, page: str, step: int) -> None:
+        """Add a page to the row of a global step."""
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the run's final values."""
 
@@ -71,6 +74,12 @@ class WandbTracker(Tracker):
         if step > self._last_step:
             table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
             self._run.log({name: table}, step=step)
+
+    def html(self, name: str, page: str, step: int) -> None:
+        import wandb
+
+        if step > self._last_step:
+            self._run.log({name: wandb.Html(page)}, step=step)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))

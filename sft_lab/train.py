@@ -15,12 +15,15 @@ from sft_lab import console, evaluate, tracking
 from sft_lab import model as models
 from sft_lab import trainer as trainers
 from sft_lab.callbacks import Metrics, Seal, Stop, TokenCounter
-from sft_lab.data.prepare import Prepared
+from sft_lab.data import inspection, view
+from sft_lab.data.prepared import Prepared
 from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory, read_json, whole_directory, write_json, write_text
 from sft_lab.schema import Config
 
 log = logging.getLogger("sft_lab")
+
+_ROWS_SHOWN = 4  # in the tracker, token by token
 
 
 def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop) -> dict[s
     try:
         console.say(tracker.message)
         console.show_facts(_facts(config, run, data))
+        _show_rows(config, data, tracker)
         set_seed(config.seed)
         progress = console.Progress()
         metrics = Metrics(run, tracker, progress, run.read_metrics())
@@ -100,9 +104,12 @@ def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
         "run": str(run.path),
         "model": f"{config.model.path}, base in {precision.dtype}"
         + (f", quantised ({config.quant.method})" if config.quant.method != "none" else ""),
-        "template": f"{data.facts['chat_template']}, a turn ends with {data.facts['turn_end']}",
+        "template": f"{data.template.name}, a turn ends with {data.template.turn_end.token}",
+        "attention": trainers.attention_of(config),
+        "data": data.facts["cache"],
         "rows": f"{rows['kept']} to train on{dropped}, {report['eval_rows']} held out",
-        "tokens": f"{tokens['total']}, {tokens['supervised'] / tokens['total']:.0%} with loss",
+        "tokens": f"{tokens['total']}, {tokens['supervised'] / tokens['total']:.0%} with loss, "
+        f"{tokens['padding_share']:.1%} padding beside them",
         "steps": f"{report['steps']} of {t.global_batch_size} rows ({t.per_device_train_batch_size} x "
         f"{t.gradient_accumulation_steps} accumulated), about {report['tokens_per_step']} tokens each",
         "trained": f"{parameters['trainable']:,} of {parameters['total']:,} parameters "
@@ -111,16 +118,23 @@ def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
     }
 
 
+def _show_rows(config: Config, data: Prepared, tracker: tracking.Tracker) -> None:
+    """Some rows as they train, token by token, in the tracker too."""
+    if config.tracking.method != "none":
+        rows = inspection.views(config, data, inspection.choose(data, _ROWS_SHOWN))
+        tracker.html("rows_as_trained", view.as_html(rows, "Rows as they train"), 0)
+
+
 def _evaluate_before(
     config: Config, run: RunDirectory, data: Prepared, model: Any, metrics: Metrics
 ) -> dict[str, float]:
     """Metrics of the model as it came; a resumed run reads what its first session measured."""
-    if not config.evaluation.before or not len(data.eval):
+    if not config.evaluation.before or not len(data.questions):
         return {}
     if not run.answers_before.exists():
-        answers = evaluate.answer_rows(model, data.tokenizer, data.eval, data.turn_end_id, config.evaluation)
+        answers = evaluate.answer_rows(model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
         write_json(run.answers_before, answers)
-    scores = evaluate.score(config.data.metrics, read_json(run.answers_before), data.eval["reference"])
+    scores = evaluate.score(config.data.metrics, read_json(run.answers_before), data.questions["reference"])
     if scores and not any(event["step"] == 0 for event in run.read_metrics()):
         metrics.record({"step": 0, "split": "eval", **scores})
     _say_scores("before training", scores, config, data)
@@ -133,8 +147,8 @@ def _evaluate_after(config: Config, run: RunDirectory, data: Prepared, trainer: 
         write_text(run.samples, "")
         return {}
     loss = {"eval_loss": trainer.evaluate()["eval_loss"]}
-    answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.eval, data.turn_end_id, config.evaluation)
-    scores = evaluate.score(config.data.metrics, answers, data.eval["reference"])
+    answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
+    scores = evaluate.score(config.data.metrics, answers, data.questions["reference"])
     _say_scores("after training", scores, config, data)
     if scores:
         event = {"step": trainer.state.global_step, "split": "eval", **scores}
@@ -145,7 +159,7 @@ def _evaluate_after(config: Config, run: RunDirectory, data: Prepared, trainer: 
 
 
 def _say_scores(when: str, scores: dict[str, float], config: Config, data: Prepared) -> None:
-    rows = min(config.evaluation.rows, len(data.eval))
+    rows = min(config.evaluation.rows, len(data.questions))
     for name, value in scores.items():
         console.say(f"{name.replace('_', ' ')} {when}: {value:.1%} of {rows} held-out rows")
 
@@ -154,10 +168,10 @@ def _write_samples(config: Config, run: RunDirectory, data: Prepared, answers: l
     before = read_json(run.answers_before) if run.answers_before.exists() else []
     samples = []
     for i, answer in enumerate(answers[: config.evaluation.samples]):
-        row = data.eval[i]
+        row = data.questions[i]
         samples.append(
             {
-                "id": row["id"],
+                "id": data.row_id(row),
                 "prompt": data.tokenizer.decode(row["prompt_ids"]),
                 "reference": row["reference"],
                 "answer_before": before[i] if before else None,

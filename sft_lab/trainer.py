@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_lab import adapter, loss
+from sft_lab import adapter, attention, loss
 from sft_lab import model as models
-from sft_lab.data.prepare import Prepared
+from sft_lab.data import streaming
+from sft_lab.data.batches import TrainingRows
+from sft_lab.data.prepared import Prepared
 from sft_lab.data.tokenize import IGNORE
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
@@ -16,16 +18,26 @@ from sft_lab.schema import Config
 
 @dataclass
 class Collator:
-    """Rows of tokens to one batch, padded on the right.
+    """Rows of tokens to one batch.
 
-    Gives input_ids, labels and position_ids, each (rows, longest row), and no attention mask: causal attention cannot
-    see padding that stands on the right, and without a mask Transformers takes the packed documents of a row from
-    position_ids, which begin again at 0 with each, and keeps them apart.
+    Rows of one document, and packed ones for an attention that takes its documents from a mask, are padded on the
+    right: input_ids, labels and position_ids, each (rows, longest row). There is no attention mask: causal attention
+    cannot see padding that stands on the right, and without a mask Transformers takes the packed documents of a row
+    from position_ids, which begin again at 0 with each, and keeps them apart.
+
+    With `flatten`, packed rows become one row without padding, (1, tokens), beside which stand the documents' bounds as
+    flash attention's kernels know them.
     """
 
     pad_token_id: int
+    flatten: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if self.flatten and all("seq_lengths" in row for row in rows):
+            return self._flattened(rows)
+        return self._padded(rows)
+
+    def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
@@ -37,11 +49,45 @@ class Collator:
             batch["position_ids"].append(_positions(row.get("seq_lengths"), longest, padding))
         return {name: torch.tensor(values) for name, values in batch.items()}
 
+    def _flattened(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        lengths = [length for row in rows for length in row["seq_lengths"]]
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return {
+            **{name: torch.tensor([[x for row in rows for x in row[name]]]) for name in ("input_ids", "labels")},
+            "position_ids": torch.tensor([[position for length in lengths for position in range(length)]]),
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
+            **{name: max(lengths) for name in ("max_length_q", "max_length_k")},
+        }
+
 
 def _positions(seq_lengths: list[int] | None, longest: int, padding: int) -> list[int]:
     if seq_lengths is None:  # one document; counting on through the padding lets attention stay plainly causal
         return list(range(longest))
     return [position for length in [*seq_lengths, padding] for position in range(length)]
+
+
+def flattens(config: Config) -> bool:
+    """Whether the run's micro-batches are one row of documents that attention takes one by one."""
+    by_mask = ("sdpa", "eager")
+    return config.trainer.packing and models.resolve_attention(config) not in by_mask
+
+
+def attention_of(config: Config) -> str:
+    """In words, what attention the run uses and how packed documents are kept apart."""
+    used = models.resolve_attention(config)
+    if not config.trainer.packing:
+        return used
+    return f"{used}, " + ("documents attended to one by one" if flattens(config) else "documents kept apart by a mask")
+
+
+def padding_share(config: Config, rows: TrainingRows) -> float:
+    """Share of what the model computes in the first epoch that is padding."""
+    if flattens(config):
+        return 0.0
+    padded = sum(int(rows.lengths[batch].max()) * len(batch) for batch in rows.micro_batches())
+    return 1 - int(rows.lengths.sum()) / padded
 
 
 def build_arguments(config: Config, run: RunDirectory) -> Any:
@@ -64,7 +110,8 @@ def build_arguments(config: Config, run: RunDirectory) -> Any:
         per_device_eval_batch_size=t.per_device_eval_batch_size,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
         max_length=t.max_length,
-        packing=False,  # rows come packed, see data/prepare.py
+        packing=False,  # rows come packed and in order, see data/batches.py
+        train_sampling_strategy="sequential",
         gradient_checkpointing=t.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": t.use_reentrant} if t.gradient_checkpointing else None,
         bf16=precision == "bf16",
@@ -89,25 +136,44 @@ def build_arguments(config: Config, run: RunDirectory) -> Any:
 
 
 def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any]) -> Any:
-    """The SFTTrainer with the base model loaded and the adapter on it."""
-    from transformers import PrinterCallback
+    """The SFTTrainer with the base model loaded and the adapter on it.
+
+    Raises:
+        ConfigError: packed documents would see each other.
+    """
+    from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
 
     data.tokenizer.padding_side = "right"
+    set_seed(config.seed)  # new tokens' embeddings are drawn
+    model = models.load_model(config)
+    models.fit_embeddings(model, data.tokenizer)
+    collator = Collator(data.tokenizer.pad_token_id, flattens(config))
+    stream = streaming.training_rows(config, data) if config.data.streaming else None
     trainer = SFTTrainer(
-        model=models.load_model(config),
+        model=model,
         args=build_arguments(config, run),
-        train_dataset=data.train,
+        train_dataset=data.train if stream is None else stream,
         eval_dataset=data.eval if len(data.eval) else None,
         processing_class=data.tokenizer,
-        data_collator=Collator(data.tokenizer.pad_token_id),
-        peft_config=adapter.build(config.peft),
+        data_collator=collator,
+        peft_config=adapter.build(config.peft, adapter.new_tokens(model, data.template, data.tokenizer)),
         callbacks=callbacks,
     )
+    if stream is None:  # SFTTrainer takes nothing but a datasets.Dataset, its loop takes any
+        trainer.train_dataset = TrainingRows(data.train, data.column("length"), config)
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict
-    if models.device() == "cpu":
-        loss.score_supervised_only(causal_lm(trainer.model))
+    base = causal_lm(trainer.model)
+    if models.device() == "cpu" or _writes_new_tokens(base, data):
+        loss.score_supervised_only(base)
+    if config.trainer.packing:
+        attention.prove_isolation(trainer.model, collator)
     return trainer
+
+
+def _writes_new_tokens(model: Any, data: Prepared) -> bool:
+    """Whether rows of a separate output embedding are trained: TRL's head, which reads the weight, would not see it."""
+    return bool(data.template.added_tokens) and not model.config.get_text_config().tie_word_embeddings
 
 
 def causal_lm(model: Any) -> Any:

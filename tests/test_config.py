@@ -23,6 +23,8 @@ MISSING = {  # the options that leave a value to the person
     "model=from_path": ["model.path=some/model"],
     "data=from_file": ["data.path=rows.jsonl"],
     "data=from_hub": ["data.path=org/name"],
+    "data=mixture": ["data.sources={chat: {path: chat.jsonl}, code: {path: code.jsonl, format: alpaca}}"],
+    "chat_template=from_file": ["chat_template.path=chat.jinja"],
 }
 
 
@@ -49,8 +51,8 @@ def leaves(node: Any, prefix: str = "") -> Iterator[str]:
 def test_groups_have_the_expected_number_of_options() -> None:
     """So that the tests over OPTIONS below cannot pass for want of options."""
     assert {group: len(options) for group, options in configs.groups().items()} == {
-        "chat_template": 3,
-        "data": 3,
+        "chat_template": 9,
+        "data": 4,
         "distributed": 1,
         "experiment": 0,
         "model": 8,
@@ -107,6 +109,7 @@ class Refused:
     near: str | None = None
 
 
+MIXTURE = "data=mixture data.sources={chat:{path:/dev/null}}"
 LORA = "peft=lora_r8, lora_r16, lora_r64"
 REFUSED = [
     # an unknown key, option or extra
@@ -197,13 +200,48 @@ REFUSED = [
     Refused(
         "data=from_file data.path=nowhere.jsonl",
         "data.path=nowhere.jsonl : no such file (",
-        ("allowed: a .jsonl, .json, .csv or .parquet file",),
+        ("allowed: a .jsonl, .json, .csv, .txt (or any of them .gz), .parquet or .arrow file, a directory",),
     ),
     Refused(
         "data=from_hub data.path=o/n data.eval_split=test data.eval_rows=5",
         "data.eval_rows=5 : ",
         ("data.eval_split", "(allowed: 0)"),
     ),
+    Refused("data=from_file data.path=no/*.jsonl", "data.path=no/*.jsonl : no file matches (allowed: "),
+    Refused("data.eval_fraction=1.5", "data.eval_fraction=1.5 : too large (allowed: 0 to 1)"),
+    Refused(
+        "data=from_hub data.path=o/n data.eval_fraction=0.1 data.eval_rows=5",
+        "data.eval_fraction=0.1 : beside data.eval_rows=5",
+    ),
+    Refused("data=mixture", "data.sources={} : a mixture of nothing", ("{NAME: {path: FILE",)),
+    Refused("data=mixture data.sources.a.path=x", "data.sources.a.path=x : there is no source a yet"),
+    Refused(
+        f"{MIXTURE} data.sources.chat.weigt=2",
+        "data.sources.chat.weigt=2 : no such key;",
+        (),
+        "data.sources.chat.weight",
+    ),
+    Refused(f"{MIXTURE} data.sources.chat.weight=a", "data.sources.chat.weight=a : allowed is a number"),
+    Refused(f"{MIXTURE} data.sources.chat.sample=2", "data.sources.chat.sample=2.0 : too large (allowed: 0 to 1)"),
+    Refused(f"{MIXTURE} data.sources.chat.format=csv", "data.sources.chat.format=csv : not allowed (allowed: "),
+    Refused(
+        f"{MIXTURE} data.sources.chat.weight=2",
+        "data.sources.chat.weight=2 : has no effect with data.mix=concatenate",
+        ("data.sources.chat.sample", "interleave_all_exhausted"),
+    ),
+    Refused(f"{MIXTURE} data.path=x", "data.path=x : a mixture has a path for each source"),
+    Refused(
+        "data=from_file data.path=. data.streaming=true",
+        "trainer.max_steps=-1 : with data.streaming=true",
+        ("1 and more",),
+    ),
+    Refused(
+        "data=from_file data.path=. data.streaming=true trainer.max_steps=5 data.deduplicate=near",
+        "data.deduplicate=near : needs all rows",
+    ),
+    Refused("data.streaming=true trainer.max_steps=5", "data.streaming=true : not with data.source=requests"),
+    Refused("chat_template.path=x.jinja", "chat_template.path=x.jinja : with chat_template.name=auto"),
+    Refused("chat_template=from_file chat_template.path=x.jinja", "chat_template.path=x.jinja : no such file"),
     # no KEY=VALUE at all
     Refused("peft.r", "peft.r : cannot be read as KEY=VALUE"),
 ]
@@ -230,10 +268,10 @@ def test_a_misspelt_file_name_is_matched_with_what_lies_beside_it(tmp_path: Path
     assert f"did you mean {tmp_path}/train.jsonl?" in problem
 
 
-def test_a_directory_given_as_data_is_not_offered_itself(tmp_path: Path) -> None:
-    (problem,) = problems("data=from_file", f"data.path={tmp_path}")
-    assert problem.startswith(f"data.path={tmp_path} : ")
-    assert f"did you mean {tmp_path}?" not in problem
+def test_a_directory_and_a_glob_are_files_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for path in (tmp_path, tmp_path / "*.jsonl", tmp_path / "rows.jsonl"):
+        configs.check_command_line(configs.parse_command_line(["data=from_file", f"data.path={path}"]))
 
 
 def test_everything_wrong_comes_as_one_list() -> None:

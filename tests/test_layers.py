@@ -14,7 +14,20 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["", "errors", "schema", "library"], 1),
     **dict.fromkeys(["checks", "config", "runs", "logs", "console", "wandb_file"], 2),
     **dict.fromkeys(
-        ["adapter", "embedded", "evaluate", "loss", "model", "quant", "tracking", "trainer", "callbacks", "data"], 3
+        [
+            "adapter",
+            "attention",
+            "embedded",
+            "evaluate",
+            "loss",
+            "model",
+            "quant",
+            "tracking",
+            "trainer",
+            "callbacks",
+            "data",
+        ],
+        3,
     ),
     **dict.fromkeys(["answering", "launch", "preflight", "provenance", "train"], 4),
     "commands": 5,

@@ -1,58 +1,38 @@
-"""The data of one run, made in one process before any rank: read, template, tokenize, mask, cut or drop, pack."""
+"""The data of one run, made in one process before any rank: read, template, tokenize, mask, cut or drop, mix.
+
+What comes out is a cache entry, whose files `prepared` names.
+"""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+import numpy as np
+from datasets import Dataset
 
 from sft_lab import model as models
-from sft_lab.data import formats, sources, template, tokenize
+from sft_lab.data import cache, convert, duplicates, formats, sources, template
+from sft_lab.data.arrange import arrange
+from sft_lab.data.convert import Account, Converter
 from sft_lab.data.formats import RowError
-from sft_lab.data.sources import RawRow
-from sft_lab.errors import PreflightError
-from sft_lab.runs import RunDirectory, read_json, whole_directory, write_json
-from sft_lab.schema import Config
+from sft_lab.data.prepared import Prepared
+from sft_lab.data.sources import RawRow, Source
+from sft_lab.data.template import Template
+from sft_lab.errors import ConfigError, PreflightError
+from sft_lab.runs import write_json
+from sft_lab.schema import Config, DataConfig
 
 _SHOWN = 20  # problems listed in an error; the rest is counted
-
-
-@dataclass
-class Prepared:
-    """Tokens and labels of a run. `eval` also has prompt_ids and reference, for generation.
-
-    train: input_ids, labels; when packed also seq_lengths, the tokens of each document of the row.
-    """
-
-    train: Dataset
-    eval: Dataset
-    tokenizer: Any
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def turn_end_id(self) -> int:
-        return int(self.facts["turn_end_id"])
-
-    def save(self, run: RunDirectory) -> None:
-        with whole_directory(run.data) as folder:
-            self.train.save_to_disk(str(folder / "train"))
-            if len(self.eval):  # an empty one cannot be read back
-                self.eval.save_to_disk(str(folder / "eval"))
-            self.tokenizer.save_pretrained(str(folder / "tokenizer"))
-            write_json(folder / "facts.json", self.facts)
-
-    @classmethod
-    def load(cls, run: RunDirectory, trust_remote_code: bool = False) -> Prepared:
-        from transformers import AutoTokenizer
-
-        return cls(
-            train=load_from_disk(str(run.data / "train")),
-            eval=load_from_disk(str(run.data / "eval")) if (run.data / "eval").is_dir() else Dataset.from_list([]),
-            tokenizer=AutoTokenizer.from_pretrained(str(run.data / "tokenizer"), trust_remote_code=trust_remote_code),
-            facts=read_json(run.data / "facts.json"),
-        )
+_COMPARED_BYTES = 16 << 20  # up to here near duplicates are looked for unasked; it takes 0.2 ms a row
+_STREAM_SAMPLE = 1000  # rows of a stream that are looked at before training
+_HOPELESS_ROWS = 20_000  # where a row is bad, reading goes on up to here to list the others, and no further
 
 
 def prepare(config: Config) -> Prepared:
@@ -62,137 +42,249 @@ def prepare(config: Config) -> Prepared:
         PreflightError: rows that cannot be trained on (each with file, row and reason), or none left.
         RunError: the model's tokenizer or a hub data set cannot be had.
     """
-    train_rows, eval_rows = sources.read(config.data, config.seed)
     tokenizer = models.load_tokenizer(config.model)
-    used, turn_end = template.apply(tokenizer, config.chat_template.name)
-    fingerprint = sources.fingerprint(config.data, [*train_rows, *eval_rows])
-    train_rows, eval_rows = _split(config, train_rows, eval_rows)
-    rows, others = _Rows(config, tokenizer, turn_end), _Rows(config, tokenizer, turn_end)
-    train, held_out = rows.convert(train_rows), others.convert(eval_rows, with_prompt=True)
-    _raise_problems(rows.problems + others.problems)
-    if not train:
-        raise PreflightError(f"data.path={config.data.path}: no row is left to train on ({dict(rows.dropped)})")
-    facts = {
-        "chat_template": used,
-        "turn_end": turn_end.token,
-        "turn_end_id": turn_end.id,
-        "pad": tokenizer.pad_token,
-        "data_fingerprint": fingerprint,
-        "rows": {
-            "read": len(train_rows),
-            "kept": len(train),
-            "dropped": {reason: len(ids) for reason, ids in rows.dropped.items()},
-        },
-        "dropped_rows": dict(rows.dropped),
-        "dropped_eval_rows": dict(others.dropped),
-        "truncated_rows": rows.truncated,
-        "tokens": {
-            "total": sum(len(row["input_ids"]) for row in train),
-            "supervised": sum(label != tokenize.IGNORE for row in train for label in row["labels"]),
-        },
-    }
-    return Prepared(_dataset(config, train), Dataset.from_list(held_out), tokenizer, facts)
+    used = template.apply(tokenizer, config.chat_template.name, config.chat_template.path)
+    training = sources.training(config.data)
+    held_out = sources.held_out(config.data, sum(len(source.places) for source in training))
+    _check_columns(training)
+    work = _Work(config, tokenizer, used, training, held_out)
+    entry, message = cache.get(work.key(), work.build)
+    prepared = Prepared.of(entry, tokenizer)
+    prepared.facts["cache"] = message
+    return prepared
 
 
-def evaluation_rows(config: Config, tokenizer: Any, turn_end: template.TurnEnd) -> Dataset:
+def _check_columns(training: list[Source]) -> None:
+    """
+    Raises:
+        ConfigError: data.columns names a column that no format has, which would fail every row.
+    """
+    for source in training:
+        try:
+            formats.possible_formats(source.config.format, source.config.columns)
+        except RowError as error:
+            raise ConfigError(f"data.columns={source.config.columns} : {error}") from None
+
+
+def evaluation_rows(config: Config, tokenizer: Any, used: Template) -> Dataset:
     """The held-out rows that `config.data` names, or all its rows where it holds none out, with prompt and reference.
 
     Raises:
         PreflightError: rows that cannot be used, each with file, row and reason, or none left.
     """
-    train_rows, eval_rows = _split(config, *sources.read(config.data, config.seed))
-    rows = _Rows(config, tokenizer, turn_end)
-    converted = rows.convert(eval_rows or train_rows, with_prompt=True)
-    _raise_problems(rows.problems)
+    training = sources.training(config.data)
+    held_out = sources.held_out(config.data, sum(len(source.places) for source in training))
+    work = _Work(config, tokenizer, used, training, held_out)
+    converted, account = work.convert_held_out(or_all=True)
+    work.raise_problems(account)
     if not converted:
-        raise PreflightError(f"data.path={config.data.path}: no row is left to evaluate on ({dict(rows.dropped)})")
-    return Dataset.from_list(converted)
+        raise PreflightError(f"data.path={config.data.path}: no row is left to evaluate on ({account.counted})")
+    return Dataset.from_list([{**row, "id": work.named(row["place"], row["number"])} for row in converted])
 
 
-def _split(config: Config, train: list[RawRow], held_out: list[RawRow]) -> tuple[list[RawRow], list[RawRow]]:
-    data = config.data
-    if data.source != "requests" and data.eval_rows > 0:
-        if data.eval_rows >= len(train):
+@dataclass
+class _Work:
+    """One preparation: its inputs, the key they make, and the entry that it fills."""
+
+    config: Config
+    tokenizer: Any
+    template: Template
+    training: list[Source]
+    held_out: Source | None
+
+    @property
+    def places(self) -> list[sources.Place]:
+        every = [*self.training, self.held_out] if self.held_out else self.training
+        return [place for source in every for place in source.places]
+
+    def named(self, place: int, number: int) -> str:
+        return f"{self.places[place].name}:{number}"
+
+    # ------------------------------------------------------------------------------------------------------- key
+
+    def key(self) -> cache.Key:
+        """Everything that changes tokens, and nothing else."""
+        data = self.config.data
+        return {
+            "places": [place.name for place in self.places],
+            "contents": [place.fingerprint for place in self.places],
+            "format": [[s.config.format, s.config.columns] for s in self.training],
+            "template": cache.digest_of(self.template.name, self.template.text),
+            "tokenizer": _tokenizer_digest(self.tokenizer),
+            "max_length": self.config.trainer.max_length,
+            "selection": [[s.config.sample, s.config.max_rows, s.config.weight] for s in self.training],
+            "seed": [data.seed, *(s.config.seed for s in self.training)] if self._draws() else None,
+            **{name: getattr(data, name) for name in _DECIDING},
+            "code": _code_digest(),
+        }
+
+    def _draws(self) -> bool:
+        data = self.config.data
+        sampled = any(source.config.sample < 1 for source in self.training)
+        return sampled or data.mix != "concatenate" or _holds_out(data)
+
+    # ----------------------------------------------------------------------------------------------------- build
+
+    def build(self, folder: Path) -> None:
+        mask = self._held_out_mask()
+        held_out, account = self.convert_held_out(mask)
+        leaks = duplicates.Leaks([row["text"] for row in held_out]) if held_out else None
+        accounts = [
+            convert.write(
+                rows, self._converter(source, leaks), folder / f"train-{i}.arrow", _size([source]), self._hopeless
+            )
+            for i, (source, rows) in enumerate(self._training_rows(mask))
+        ]
+        total = Account()
+        for other in accounts:
+            total.add(other)
+        self.raise_problems(account, total)
+        parts = [Dataset.from_file(str(folder / f"train-{i}.arrow")) for i in range(len(accounts))]
+        order, facts = arrange(self.config.data, self.training, parts, total)
+        if order is not None:
+            np.save(folder / "order.npy", order)
+        if not (len(order) if order is not None else sum(map(len, parts))):
+            raise PreflightError(f"data.path={self.config.data.path}: no row is left to train on ({total.counted})")
+        if held_out:
+            _write_held_out(held_out, self._converter(self.held_out or self.training[0]), folder / "eval.arrow")
+        write_json(folder / "facts.json", facts | self._facts(account, total))
+
+    def _facts(self, held_out: Account, total: Account) -> dict[str, Any]:
+        return {
+            "template": dataclasses.asdict(self.template),
+            "pad": self.tokenizer.pad_token,
+            "places": [place.name for place in self.places],
+            "data_fingerprint": cache.digest_of(*(place.fingerprint for place in self.places)),
+            "bad_rows": total.bad,
+            "bad_eval_rows": held_out.bad,
+            "dropped_rows": total.dropped,
+            "dropped_eval_rows": held_out.dropped,
+            "shortened_rows": total.shortened,
+            "leaks": total.leaks,
+        }
+
+    def _converter(self, source: Source, leaks: duplicates.Leaks | None = None, held_out: bool = False) -> Converter:
+        max_length, settings = self.config.trainer.max_length, source.config
+        return Converter(
+            self.config.data,
+            max_length,
+            self.tokenizer,
+            self.template,
+            settings.format,
+            settings.columns,
+            held_out,
+            leaks,
+        )
+
+    def _held_out_mask(self) -> np.ndarray | None:
+        """Which of the training sources' rows, counted over all of them, are held out.
+
+        Raises:
+            PreflightError: none would be left to train on.
+        """
+        data = self.config.data
+        if not _holds_out(data):
+            return None
+        total = sum(source.count() for source in self.training)
+        count = data.eval_rows if data.eval_rows > 0 else round(data.eval_fraction * total)
+        if count >= total:
+            given = f"eval_rows={count}" if data.eval_rows > 0 else f"eval_fraction={data.eval_fraction:g}"
             raise PreflightError(
-                f"data.eval_rows={data.eval_rows} : {data.path} has {len(train)} rows, none would be left to train on "
-                f"(allowed: 0 to {len(train) - 1})"
+                f"data.{given} : {data.path or data.source} has {total} rows, none would be left to train on "
+                f"(allowed: 0 to {total - 1 if data.eval_rows > 0 else 'less than 1'})"
             )
-        order = list(range(len(train)))
-        random.Random(config.seed).shuffle(order)
-        cut = len(train) - data.eval_rows
-        train, held_out = [train[i] for i in sorted(order[:cut])], [train[i] for i in sorted(order[cut:])]
-    if data.train_rows >= 0:
-        train = train[: data.train_rows]
-    return train, held_out
+        mask = np.zeros(total, dtype=bool)
+        mask[np.random.default_rng(data.seed).permutation(total)[:count]] = True
+        return mask
+
+    def _training_rows(self, mask: np.ndarray | None) -> Iterator[tuple[Source, Iterator[RawRow]]]:
+        """Each source with its rows, held-out ones left out, no more than data.train_rows over all of them."""
+        data = self.config.data
+        left = data.train_rows if data.train_rows >= 0 and data.mix == "concatenate" else None
+        left = _STREAM_SAMPLE if data.streaming else left
+        budget = iter(range(left)) if left is not None else itertools.count()
+        start = 0
+        for source in self.training:
+            rows: Iterator[RawRow] = iter(source)
+            if mask is not None:
+                rows = itertools.compress(rows, ~mask[start:])
+                start += source.count() if len(self.training) > 1 else 0
+            yield source, (row for row, _ in zip(rows, budget, strict=False))
+
+    def convert_held_out(
+        self, mask: np.ndarray | None = None, or_all: bool = False
+    ) -> tuple[list[dict[str, Any]], Account]:
+        """Held-out rows, all in memory; with `or_all` every row where none is held out."""
+        if or_all:
+            mask = self._held_out_mask()
+        rows: list[dict[str, Any]] = []
+        account = Account()
+        start = 0
+        for source in [self.held_out] if self.held_out else self.training if or_all or mask is not None else []:
+            chosen: Iterator[RawRow] = iter(source)
+            if mask is not None:
+                chosen = itertools.compress(chosen, mask[start:])
+                start += source.count() if len(self.training) > 1 else 0
+            converted, part = self._converter(source, held_out=True).convert(chosen)
+            rows += converted
+            account.add(part)
+        return rows, account
+
+    def _hopeless(self, account: Account) -> bool:
+        return account.read > _HOPELESS_ROWS and bool(
+            account.too_long or (account.bad_count and self.config.data.on_bad_row == "error")
+        )
+
+    def raise_problems(self, *accounts: Account) -> None:
+        """
+        Raises:
+            PreflightError: rows that were not to be there, each with file, row and reason.
+        """
+        problems: list[str] = []
+        total = 0
+        for account in accounts:
+            listed = [*account.too_long, *(account.bad if self.config.data.on_bad_row == "error" else [])]
+            total += len(account.too_long)
+            total += account.bad_count if self.config.data.on_bad_row == "error" else 0
+            problems += [f"{self.places[place].name}: row {n}: {reason}" for place, n, reason in listed]
+        if not problems:
+            return
+        if any(account.bad_count for account in accounts) and self.config.data.on_bad_row == "error":
+            problems[0] += " (data.on_bad_row=skip leaves such rows out and records which)"
+        more = total - _SHOWN
+        stopped = ", and reading stopped there" if any(map(self._hopeless, accounts)) else ""
+        raise PreflightError(problems[:_SHOWN] + ([f"and {more} more rows{stopped}"] if more > 0 else []))
 
 
-def _dataset(config: Config, rows: list[dict[str, Any]]) -> Dataset:
-    dataset = Dataset.from_list(rows)
-    if not config.trainer.packing:
-        return dataset
-    from trl import pack_dataset
-
-    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), config.trainer.max_length, "bfd")
+_DECIDING = (
+    "loss", "on_bad_row", "on_long_row", "truncation_side", "deduplicate", "on_leak", "mix", "train_rows", "eval_rows",
+    "eval_fraction", "streaming",
+)  # fmt: skip
 
 
-def _raise_problems(problems: list[str]) -> None:
-    if not problems:
-        return
-    more = len(problems) - _SHOWN
-    raise PreflightError(problems[:_SHOWN] + ([f"and {more} more rows"] if more > 0 else []))
+def _holds_out(data: DataConfig) -> bool:
+    return data.source != "requests" and (data.eval_rows > 0 or data.eval_fraction > 0)
 
 
-class _Rows:
-    """Turns raw rows into tokens and keeps account of those it cannot."""
+def _size(sources: list[Source]) -> int:
+    return sum(place.size_bytes for source in sources for place in source.places)
 
-    def __init__(self, config: Config, tokenizer: Any, turn_end: template.TurnEnd):
-        self.data, self.max_length = config.data, config.trainer.max_length
-        self.tokenizer, self.turn_end = tokenizer, turn_end
-        self.problems: list[str] = []
-        self.dropped: dict[str, list[str]] = {}
-        self.truncated: list[str] = []
 
-    def convert(self, rows: list[RawRow], with_prompt: bool = False) -> list[dict[str, Any]]:
-        converted = (self._convert(row, with_prompt) for row in rows)
-        return [row for row in converted if row is not None]
+def _tokenizer_digest(tokenizer: Any) -> str:
+    return cache.digest_of(tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.special_tokens_map, default=str))
 
-    def _convert(self, row: RawRow, with_prompt: bool) -> dict[str, Any] | None:
-        try:
-            if row.problem:
-                raise RowError(row.problem)
-            messages = formats.to_messages(row.value, self.data.format)
-            tokens = tokenize.tokenize(self.tokenizer, messages, self.turn_end)
-            prompt = tokenize.prompt_and_reference(self.tokenizer, messages) if with_prompt else None
-        except RowError as error:
-            self._bad(row, str(error))
-            return None
-        if len(tokens["input_ids"]) > self.max_length and not self._shortened(row, tokens):
-            return None
-        result: dict[str, Any] = {"id": row.id, **tokens}
-        if prompt:
-            result["prompt_ids"], result["reference"] = prompt
-        return result
 
-    def _bad(self, row: RawRow, reason: str) -> None:
-        if self.data.on_bad_row == "skip":
-            self.dropped.setdefault("bad", []).append(f"{row.id}: {reason}")
-        else:
-            hint = "" if self.problems else " (data.on_bad_row=skip leaves such rows out and records which)"
-            self.problems.append(f"{row.source}: row {row.number}: {reason}{hint}")
+def _code_digest() -> str:
+    """Of this package's own code and the libraries that decide how text becomes tokens."""
+    own = sorted(Path(__file__).parent.glob("*.py"))
+    return cache.digest_of(
+        *(file.read_text(encoding="utf-8") for file in own), *(version(name) for name in ("transformers", "tokenizers"))
+    )
 
-    def _shortened(self, row: RawRow, tokens: dict[str, list[int]]) -> bool:
-        """Cut a row to max_length in place where the config allows it and some of its response is left."""
-        length = len(tokens["input_ids"])
-        if self.data.on_long_row == "error":
-            self.problems.append(
-                f"{row.source}: row {row.number}: {length} tokens, more than trainer.max_length={self.max_length}"
-            )
-            return False
-        if self.data.on_long_row == "truncate":
-            for values in tokens.values():
-                del values[self.max_length :]
-            if any(label != tokenize.IGNORE for label in tokens["labels"]):
-                self.truncated.append(row.id)
-                return True
-        self.dropped.setdefault("long", []).append(row.id)
-        return False
+
+def _write_held_out(rows: list[dict[str, Any]], converter: Converter, path: Path) -> None:
+    import pyarrow as pa
+
+    schema = dataclasses.replace(converter, held_out=True).schema
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))

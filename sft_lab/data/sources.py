@@ -1,220 +1,165 @@
-"""Where rows come from: files, the hub, the embedded generator. Each row carries the place it was read from."""
+"""Where rows come from: files, the hub, the embedded generator; one source, or several to be mixed."""
 
 from __future__ import annotations
 
-import codecs
-import csv
+import functools
 import hashlib
-import io
 import json
-import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_lab.data.formats import RowError
-from sft_lab.errors import PreflightError, RunError, SftLabError
-from sft_lab.schema import DataConfig
+import numpy as np
+
+from sft_lab.data import files
+from sft_lab.errors import RunError, SftLabError
+from sft_lab.schema import DataConfig, LocationConfig, SourceConfig
 
 
 @dataclass
 class RawRow:
     """A row as read, or the reason it could not be."""
 
-    source: str  # the file, or the hub id and split
+    place: int  # of the run's places, counted from 0
     number: int  # counted from 1; in .jsonl the line
     value: Any = None
     problem: str | None = None
 
-    @property
-    def id(self) -> str:
-        return f"{self.source}:{self.number}"
+
+@dataclass(frozen=True)
+class Place:
+    """Rows that are read in one go: a file, a split of a hub data set, generated rows."""
+
+    name: str
+    fingerprint: str
+    read: Callable[[], Iterator[tuple[int, Any, str | None]]]
+    size_bytes: int = 0
 
 
-def read(data: DataConfig, seed: int) -> tuple[list[RawRow], list[RawRow]]:
-    """Training and held-out rows as the config names them; the latter is empty where it names none.
+@dataclass
+class Source:
+    """Rows of one format, as many of them as the config asks for."""
+
+    config: SourceConfig
+    places: list[Place]
+    first_place: int  # the number of its first place among the run's
+
+    def __iter__(self) -> Iterator[RawRow]:
+        mask = self._sampled()
+        taken = 0
+        for index, row in enumerate(self._all()):
+            if mask is not None and not mask[index]:
+                continue
+            if 0 <= self.config.max_rows <= taken:
+                return
+            taken += 1
+            yield row
+
+    def count(self) -> int:
+        """Reads everything once."""
+        return sum(1 for _ in self)
+
+    def _all(self) -> Iterator[RawRow]:
+        for number, place in enumerate(self.places, start=self.first_place):
+            yield from (RawRow(number, *row) for row in place.read())
+
+    def _sampled(self) -> np.ndarray | None:
+        """Which rows the seed draws, the same whatever else takes part."""
+        if self.config.sample == 1:
+            return None
+        total = sum(1 for _ in self._all())
+        mask = np.zeros(total, dtype=bool)
+        drawn = np.random.default_rng(self.config.seed).permutation(total)[: round(self.config.sample * total)]
+        mask[drawn] = True
+        return mask
+
+
+def training(data: DataConfig) -> list[Source]:
+    """The sources of the training rows: one, or those of a mixture.
 
     Raises:
-        PreflightError: a file cannot be read at all, or is of no known kind.
+        PreflightError: a file is missing or of no known kind.
         RunError: the hub cannot be reached or has no such data set.
     """
     if data.source == "requests":
-        from sft_lab.data.requests import generate
-
-        train, held_out = generate(data.train_rows, max(data.eval_rows, 0), seed)
-        return _numbered("requests/train", train), _numbered("requests/eval", held_out)
-    if data.source == "file":
-        return read_file(data.path), read_file(data.eval_path) if data.eval_path else []
-    return _read_hub(data, data.split), _read_hub(data, data.eval_split) if data.eval_split else []
-
-
-def fingerprint(data: DataConfig, rows: list[RawRow]) -> str:
-    """A digest of the rows' contents, whatever file they came from."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.value, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+        return [Source(_single(data), [_requests(data, held_out=False)], 0)]
+    if data.source != "mixture":
+        return [Source(_single(data), _places(data, data.path, data.split, data.streaming), 0)]
+    sources: list[Source] = []
+    first = 0
+    for config in data.sources.values():
+        seed = config.seed if config.seed >= 0 else data.seed
+        places = _places(config, config.path, config.split)
+        sources.append(Source(SourceConfig(**{**vars(config), "seed": seed}), places, first))
+        first += len(places)
+    return sources
 
 
-def _numbered(source: str, values: list[Any]) -> list[RawRow]:
-    return [RawRow(source, number, value) for number, value in enumerate(values, start=1)]
+def held_out(data: DataConfig, first_place: int) -> Source | None:
+    """The source of held-out rows where the config names one of their own; raises as `training` does."""
+    config = _single(data)
+    if data.source == "requests":
+        return Source(config, [_requests(data, held_out=True)], first_place) if data.eval_rows > 0 else None
+    if data.eval_path:
+        return Source(config, _file_places(data.eval_path), first_place)
+    if data.eval_split:
+        return Source(config, _places(data, data.path, data.eval_split), first_place)
+    return None
 
 
-def _read_hub(data: DataConfig, split: str) -> list[RawRow]:
+def _single(data: DataConfig) -> SourceConfig:
+    return SourceConfig(path=data.path, format=data.format, columns=data.columns, seed=data.seed)
+
+
+def _places(location: LocationConfig, path: str, split: str, streaming: bool = False) -> list[Place]:
+    return [_hub(location, split, streaming)] if location.source == "hub" else _file_places(path, streaming)
+
+
+def _file_places(path: str, streaming: bool = False) -> list[Place]:
+    return [_file(file, streaming) for file in files.files_of(path)]
+
+
+def _file(file: Path, streaming: bool) -> Place:
+    """Of data that streams not every byte is read beforehand: its size and time stand for its contents."""
+    stat = file.stat()
+    fingerprint = f"{stat.st_size}:{stat.st_mtime_ns}" if streaming else files.fingerprint([file])
+    return Place(str(file), fingerprint, functools.partial(files.read_file, file), stat.st_size)
+
+
+def _hub(location: LocationConfig, split: str, streaming: bool) -> Place:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(data.path, data.name or None, split=split, revision=data.revision)
+        dataset = load_dataset(
+            location.path, location.name or None, split=split, revision=location.revision, streaming=streaming
+        )
     except SftLabError:  # a signal's
         raise
     except Exception as error:  # whatever the hub client raises, its first line is what the person needs
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"data.path={data.path}: the hub gave no such data set ({reason})") from error
-    return _numbered(f"{data.path}[{split}]", list(dataset))
+        raise RunError(f"data.path={location.path}: the hub gave no such data set ({reason})") from error
+
+    def read() -> Iterator[tuple[int, Any, str | None]]:
+        yield from ((number, row, None) for number, row in enumerate(dataset, start=1))
+
+    size = 0 if streaming else dataset.data.nbytes
+    return Place(f"{location.path}[{split}]", str(dataset._fingerprint), read, size)
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+def _requests(data: DataConfig, held_out: bool) -> Place:
+    from sft_lab.data.requests import generate
+
+    rows = generate(data.train_rows, max(data.eval_rows, 0), data.seed)[held_out]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Place(
+        "requests/eval" if held_out else "requests/train",
+        digest,
+        lambda: ((number, row, None) for number, row in enumerate(rows, start=1)),
+    )
 
 
-def read_file(path: str) -> list[RawRow]:
-    """Every row of a .jsonl, .json, .csv or .parquet file, by the file's ending.
-
-    Raises:
-        PreflightError: it is missing, of another kind, empty, or broken as a whole.
-    """
-    reader = _READERS.get(Path(path).suffix.lower())
-    if reader is None:
-        raise PreflightError(f"{path}: no known kind of file (allowed: {', '.join(_READERS)})")
-    try:
-        rows = [RawRow(path, *numbered) for numbered in reader(Path(path))]
-    except OSError as error:
-        raise PreflightError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except RowError as error:
-        raise PreflightError(f"{path}: {error}") from None
-    if not rows:
-        raise PreflightError(f"{path}: holds no row")
-    return rows
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                yield number, _JSON.decode(line.decode()), None
-            except UnicodeDecodeError as error:
-                yield number, None, f"not UTF-8 ({error.reason} at byte {error.start + 1} of the line)"
-            except json.JSONDecodeError as error:
-                yield number, None, f"broken JSON ({error.msg} at column {error.colno})"
-            except _NoJson as error:
-                yield number, None, f"broken JSON ({error} at column {_constant(line.decode(), 0) + 1})"
-            except RecursionError:
-                yield number, None, "broken JSON (nested too deeply)"
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    """An array of rows, one row alone, or one a line."""
-    text = _decoded(path)
-    place = _skip(text, 0, " \t\r\n")
-    if place == len(text):
-        return
-    if text[place] != "[":
-        try:
-            row = _JSON.decode(text)
-            yield 1, row, _not_utf8(row)
-        except (json.JSONDecodeError, _NoJson, RecursionError):
-            yield from _read_jsonl(path)
-        return
-    number, place = 1, _skip(text, place + 1, " \t\r\n")
-    while text[place : place + 1] != "]":
-        try:
-            row, place = _JSON.raw_decode(text, place)
-            place = _skip(text, place, " \t\r\n")
-            if text[place : place + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
-        except json.JSONDecodeError as error:
-            where = f"{error.msg} at line {error.lineno}, column {error.colno}"
-            raise RowError(f"row {number}: broken JSON ({where})") from None
-        except _NoJson as error:
-            at = json.JSONDecodeError("", text, _constant(text, place))
-            raise RowError(f"row {number}: broken JSON ({error} at line {at.lineno}, column {at.colno})") from None
-        except RecursionError:
-            raise RowError(f"row {number}: broken JSON (nested too deeply)") from None
-        yield number, row, _not_utf8(row)
-        number, place = number + 1, _skip(text, place, " \t\r\n,")
-
-
-class _NoJson(ValueError):
-    """NaN and its like, which Python's decoder would take."""
-
-
-def _refuse_constant(name: str) -> Any:
-    raise _NoJson(f"{name} is no JSON")
-
-
-def _constant(text: str, place: int) -> int:
-    """Where the first NaN or Infinity outside a string stands."""
-    found = (m.start() for m in re.finditer(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity', text[place:]) if m[0][0] != '"')
-    return place + next(found)
-
-
-_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _skip(text: str, place: int, characters: str) -> int:
-    while place < len(text) and text[place] in characters:
-        place += 1
-    return place
-
-
-def _decoded(path: Path) -> str:
-    """The file's text; bytes that are no UTF-8 become lone surrogates, which `_not_utf8` finds in their row."""
-    return path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-
-
-def _not_utf8(row: Any) -> str | None:
-    escaped = re.search("[\udc80-\udcff]", json.dumps(row, ensure_ascii=False, default=str))
-    return "not UTF-8" if escaped else None
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
-    number = 0
-    try:
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            raise RowError(f"the header names a column twice ({', '.join(names)})")
-        for number, row in enumerate(reader, start=1):
-            problem = _not_utf8(row)
-            if row.pop(None, None):
-                problem = "more cells than the header"
-            elif None in row.values():
-                problem = "fewer cells than the header"
-            yield number, row, problem
-    except csv.Error as error:
-        raise RowError(f"row {number + 1}: broken CSV ({error})") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise RowError(f"broken Parquet ({str(error).splitlines()[0]})") from None
-    yield from ((number, row, None) for number, row in enumerate(values, start=1))
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any, str | None]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def local_files(data: DataConfig) -> list[Path]:
+    """Every local file that the config's rows are read from."""
+    paths = [data.path] if data.source == "file" else [s.path for s in data.sources.values() if s.source == "file"]
+    return [file for path in [*paths, data.eval_path] if path for file in files.files_of(path)]

@@ -22,6 +22,12 @@ import pytest
 from sft_lab.data.files import KINDS, files_of, fingerprint, read_file, size_bytes
 from sft_lab.errors import PreflightError
 
+
+def _gzip(content: bytes) -> bytes:
+    """The same bytes whenever it is asked: without the time of day, by which parallel workers' cases would differ."""
+    return gzip.compress(content, mtime=0)
+
+
 ROWS = [{"prompt": f"question {i} ü🙂", "completion": f"line\nnext {i}"} for i in range(3)]
 LINES = [json.dumps(row, ensure_ascii=i != 1) for i, row in enumerate(ROWS)]
 JSONL = "\n".join(LINES)
@@ -64,20 +70,18 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "joined.jsonl": lambda path: path.write_bytes(b"\n".join(line.encode("utf-8-sig") for line in LINES)),
     "UPPER.JSONL": lambda path: path.write_text(JSONL, encoding="utf-8"),
     "rows.v1.2.jsonl": lambda path: path.write_text(JSONL, encoding="utf-8"),
-    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(JSONL.encode())),
-    "two-members.jsonl.gz": lambda path: path.write_bytes(
-        gzip.compress(JSONL[:99].encode()) + gzip.compress(JSONL[99:].encode())
-    ),
+    "rows.jsonl.gz": lambda path: path.write_bytes(_gzip(JSONL.encode())),
+    "two-members.jsonl.gz": lambda path: path.write_bytes(_gzip(JSONL[:99].encode()) + _gzip(JSONL[99:].encode())),
     "array.json": lambda path: path.write_text(json.dumps(ROWS, indent=2), encoding="utf-8"),
     "one-line-array.json": lambda path: path.write_text("\n  " + json.dumps(ROWS) + "\n\n", encoding="utf-8"),
     "byte-order-mark.json": lambda path: path.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
     "lines.json": lambda path: path.write_text(JSONL, encoding="utf-8"),
-    "array.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS, indent=1).encode("utf-8-sig"))),
-    "lines.JSON.GZ": lambda path: path.write_bytes(gzip.compress(JSONL.encode())),
+    "array.json.gz": lambda path: path.write_bytes(_gzip(json.dumps(ROWS, indent=1).encode("utf-8-sig"))),
+    "lines.JSON.GZ": lambda path: path.write_bytes(_gzip(JSONL.encode())),
     "rows.csv": write_csv,
     "byte-order-mark.csv": lambda path: path.write_bytes(b"\xef\xbb\xbf" + csv_bytes(path)),
     "blank-lines.csv": lambda path: path.write_bytes(b"\n\r\n" + csv_bytes(path) + b"\n\n"),
-    "rows.csv.gz": lambda path: path.write_bytes(gzip.compress(csv_bytes(path))),
+    "rows.csv.gz": lambda path: path.write_bytes(_gzip(csv_bytes(path))),
     "rows.parquet": write_parquet,
     "row-groups.parquet": lambda path: write_parquet(path, row_group_size=1),
     "stream.arrow": write_stream,
@@ -113,7 +117,7 @@ def test_every_kind_that_messages_allow_is_read(tmp_path: Path) -> None:
 def test_each_line_of_a_text_that_is_not_blank_is_a_row(name: str, tmp_path: Path) -> None:
     """U+2028 and a form feed end no line, for an editor's line number must be the row's."""
     content = "\ufefffirst\r\n\r\n   \n  indented \n a\u2028b\x0cc\nlast ü".encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (tmp_path / name).write_bytes(_gzip(content) if name.endswith("gz") else content)
     assert read(tmp_path / name) == [
         (1, {"text": "first"}, None),
         (4, {"text": "  indented "}, None),
@@ -235,7 +239,7 @@ def test_nan_of_a_data_frame_is_a_missing_value(name: str, tmp_path: Path) -> No
         ("a.jsonl", b'{"a": 1}\n{"a": ' + b"9" * 5000 + b"}", 2, "broken JSON (Exceeds the limit (4300 digits)"),
         ("a.jsonl", b'{"a": 1}\n{"prompt": "x", "prompt": "y"}', 2, 'key "prompt" stands twice'),
         ("a.jsonl", b'{"a": 1}\n{"m": [{"role": 1, "x": 2, "role": 1}]}', 2, 'key "role" stands twice'),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2\n{"a": 3}'), 2, "broken JSON"),
+        ("a.jsonl.gz", _gzip(b'{"a": 1}\n{"a": 2\n{"a": 3}'), 2, "broken JSON"),
         ("a.json", b'[{"a": "ok"},\n{"a": "\xfc"}, {"a": "ok"}]', 2, "not UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a": NaN}]', 2, "broken JSON (NaN is no JSON at line 2, column 7)"),
         ("a.json", b'[{"a": "NaN"},\n{"a": NaN}, {}]', 2, "broken JSON (NaN is no JSON at line 2, column 7)"),
@@ -306,7 +310,7 @@ def many(path: Path) -> None:
     write_stream(path, [{"a": f"text {i}"} for i in range(100)], batch=20)
 
 
-LONG_GZ = gzip.compress("".join(f'{{"a": "{hashlib.md5(bytes([i])).hexdigest()}"}}\n' for i in range(256)).encode())
+LONG_GZ = _gzip("".join(f'{{"a": "{hashlib.md5(bytes([i])).hexdigest()}"}}\n' for i in range(256)).encode())
 
 
 @pytest.mark.parametrize(
@@ -315,7 +319,7 @@ LONG_GZ = gzip.compress("".join(f'{{"a": "{hashlib.md5(bytes([i])).hexdigest()}"
         ("a.jsonl", b"", "holds no row"),
         ("a.jsonl", b"\xef\xbb\xbf", "holds no row"),
         ("a.jsonl", b" \n\n", "holds no row"),
-        ("a.jsonl.gz", gzip.compress(b""), "holds no row"),
+        ("a.jsonl.gz", _gzip(b""), "holds no row"),
         ("a.json", b"", "holds no row"),
         ("a.json", b"\n \n", "holds no row"),
         ("a.json", b"[]", "holds no row"),
@@ -357,9 +361,9 @@ LONG_GZ = gzip.compress("".join(f'{{"a": "{hashlib.md5(bytes([i])).hexdigest()}"
         ("a.json", JSONL.encode("utf-16-be"), "is UTF-16-BE (allowed"),
         ("a.json", JSONL.encode("utf-32"), "is UTF-32 (allowed"),
         ("a.csv", "prompt,completion\na,b".encode("utf-16"), "is UTF-16 (allowed"),
-        ("a.txt.gz", gzip.compress("hello".encode("utf-16")), "is UTF-16 (allowed"),
+        ("a.txt.gz", _gzip("hello".encode("utf-16")), "is UTF-16 (allowed"),
         ("a.jsonl", b"\0" * 4096, "begins with null bytes"),
-        ("a.jsonl", gzip.compress(b'{"a": 1}'), "is packed with gzip (allowed: the same under the name a.jsonl.gz)"),
+        ("a.jsonl", _gzip(b'{"a": 1}'), "is packed with gzip (allowed: the same under the name a.jsonl.gz)"),
         ("a.jsonl.gz", b'{"a": 1}', "broken gzip (Not a gzipped file"),
         ("a.csv.gz", LONG_GZ[:7], "broken gzip (Compressed file ended before"),
         ("a.json.gz", LONG_GZ[:-4], "broken gzip (Compressed file ended before"),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sft_lab import config as configs
-from sft_lab.data.prepare import Prepared, evaluation_rows, prepare
+from sft_lab.data.prepare import evaluation_rows, prepare
+from sft_lab.data.prepared import Prepared
 from sft_lab.data.template import TurnEnd
 from sft_lab.data.tokenize import IGNORE
 from sft_lab.errors import PreflightError

@@ -1,7 +1,4 @@
-"""Measurements, side by side in one run: `python tests/bench.py [NAME ...]`, or `make bench`.
-
-Each bench is a function without arguments in BENCHES that prints one table.
-"""
+"""Time of a whole process, from start to exit, for the answers that need no model."""
 
 from __future__ import annotations
 
@@ -11,15 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.bench.table import print_table
+
+ROOT = Path(__file__).parents[2]
 ROUNDS = 5
 
 
 def startup() -> None:
-    """Time of a whole process, from start to exit, for the answers that need no model."""
     sft_lab = [sys.executable, "-m", "sft_lab"]
     commands = {
         'python -c "import hydra"': ([sys.executable, "-c", "import hydra"], 0),
@@ -39,12 +36,7 @@ def startup() -> None:
         [label, f"{median:.2f}", f"{min(seconds[label]):.2f} - {max(seconds[label]):.2f}", f"{median / base:.2f}"]
         for label, median in medians.items()
     ]
-    _print_table([f"start-up, median of {ROUNDS}", "wall s", "range s", "x import hydra"], rows)
-
-
-BENCHES: dict[str, Callable[[], None]] = {
-    "startup": startup,
-}
+    print_table([f"start-up, median of {ROUNDS}", "wall s", "range s", "x import hydra"], rows)
 
 
 def _wall_s(command: list[str], exit_code: int) -> float:
@@ -57,24 +49,3 @@ def _wall_s(command: list[str], exit_code: int) -> float:
     if done.returncode != exit_code:
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}, expected {exit_code}\n{done.stderr}")
     return elapsed_s
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Markdown, with the numbers right-aligned."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    for row in [header, ruler, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print(f"| {' | '.join(cells)} |")
-
-
-def main(names: list[str]) -> None:
-    unknown = [name for name in names if name not in BENCHES]
-    if unknown:
-        sys.exit(f"no such bench: {', '.join(unknown)} (there are: {', '.join(BENCHES)})")
-    for name in names or BENCHES:
-        BENCHES[name]()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,45 @@
+"""`plan [GROUP=OPTION ...] [KEY=VALUE ...]`: every check of a run before it costs anything; trains nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from sft_lab import config as configs
+
+_SHOWN = 3  # ids beside a finding; --json has them all
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="sft_lab plan", description=__doc__, epilog="Other words are overrides, as of a training."
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document, as preflight.json of the run")
+    args, words = parser.parse_known_args(argv)
+    config, run_dir = configs.one_run(words, "plan")
+    from sft_lab import preflight
+    from sft_lab.data.prepare import prepare
+    from sft_lab.logs import run_log
+    from sft_lab.runs import RunDirectory
+
+    with run_log():
+        data = prepare(config)
+        report = preflight.examine(config, data, RunDirectory(run_dir)).as_dict()
+    if args.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print(data.facts["cache"], file=sys.stderr)
+        _show(report)
+    return 0 if report["ok"] else 2
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Errors first; a finding a line, with some of the rows that show it."""
+    from sft_lab.console import show_findings
+
+    levels = ("error", "warning", "fact")
+    findings = sorted(report["findings"], key=lambda finding: levels.index(finding["level"]))
+    show_findings(findings, _SHOWN)

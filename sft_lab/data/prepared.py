@@ -1,0 +1,91 @@
+"""The data of one run, as every later step reads it: Arrow files mapped into memory.
+
+train-N.arrow     the rows of source N, in the order they were read
+order.npy         which of them train, in their order over all sources; absent where all do, as they stand
+eval.arrow        held-out rows, absent where there are none
+facts.json        what became of every row that was read
+tokenizer/        with its chat template; in a run directory alone
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from sft_lab.data.template import Template, TurnEnd
+from sft_lab.runs import RunDirectory, link_directory, read_json, whole_directory, write_json
+
+
+@dataclass
+class Prepared:
+    """Tokens and labels of a run. `eval` also has prompt_ids and reference, for generation.
+
+    Columns: input_ids, labels (both of `length` tokens), supervised (how many of them carry loss), place and number
+    (where the row was read), part (0, or counted from 1 where a long row was split), turns, notes, digest.
+    """
+
+    train: Dataset
+    eval: Dataset
+    tokenizer: Any
+    facts: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None  # of the cache entry
+    order: np.ndarray | None = None  # in which rows of its files train
+
+    def column(self, name: str) -> np.ndarray:
+        """A number of each training row."""
+        values = self.train.data.column(name).to_numpy()
+        return values if self.order is None else values[self.order]
+
+    @property
+    def template(self) -> Template:
+        kept = self.facts["template"]
+        return Template(kept["name"], kept["text"], TurnEnd(**kept["turn_end"]), tuple(kept["added_tokens"]))
+
+    @functools.cached_property
+    def questions(self) -> Dataset:
+        """The held-out rows that ask something: plain text and rows of tokens have a loss and no answer."""
+        asking = [i for i, prompt in enumerate(self.eval["prompt_ids"][:] if len(self.eval) else []) if prompt]
+        return self.eval if len(asking) == len(self.eval) else self.eval.select(asking)
+
+    @property
+    def turn_end_id(self) -> int:
+        return self.template.turn_end.id
+
+    def row_id(self, row: dict[str, Any]) -> str:
+        """A row's name: FILE:NUMBER, with #PART where a long row was split."""
+        return self.named(row["place"], row["number"]) + (f"#{row['part']}" if row["part"] else "")
+
+    def named(self, place: int, number: int) -> str:
+        return f"{self.facts['places'][place]}:{number}"
+
+    def save(self, run: RunDirectory) -> None:
+        """Put the data into the run directory: hard links where the file system has them, so that it costs no space."""
+        with whole_directory(run.data) as folder:
+            if self.folder is not None:
+                link_directory(self.folder, folder)
+            self.tokenizer.save_pretrained(str(folder / "tokenizer"))
+            write_json(folder / "facts.json", self.facts)
+
+    @classmethod
+    def load(cls, run: RunDirectory, trust_remote_code: bool = False) -> Prepared:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(run.data / "tokenizer"), trust_remote_code=trust_remote_code)
+        return cls.of(run.data, tokenizer)
+
+    @classmethod
+    def of(cls, folder: Path, tokenizer: Any) -> Prepared:
+        """What lies in a cache entry or in a run's data folder."""
+        parts = [Dataset.from_file(str(file)) for file in sorted(folder.glob("train-*.arrow"))]
+        train = concatenate_datasets([part for part in parts if len(part)] or parts[:1])
+        order = np.load(folder / "order.npy") if (folder / "order.npy").is_file() else None
+        if order is not None:
+            train = train.select(order)
+        held_out = folder / "eval.arrow"
+        evaluation = Dataset.from_file(str(held_out)) if held_out.is_file() else Dataset.from_list([])
+        return cls(train, evaluation, tokenizer, read_json(folder / "facts.json"), folder, order)

@@ -1,0 +1,61 @@
+"""Rows that are made into tokens as training goes, for data larger than the disk.
+
+What needs all rows at once (held-out rows out of them, duplicates, leaks, batches of like length) is refused by the
+config's checks; a bad row is found when its turn comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import IterableDataset
+
+from sft_lab.data import pack, sources
+from sft_lab.data.batches import join, strategy
+from sft_lab.data.convert import Converter
+from sft_lab.data.prepared import Prepared
+from sft_lab.errors import RunError
+from sft_lab.schema import Config
+
+log = logging.getLogger("sft_lab")
+
+_WINDOW = 1000  # rows that are read, converted and packed together
+
+
+def training_rows(config: Config, data: Prepared) -> IterableDataset:
+    """Rows, or packed rows, in an order that the seed decides, drawn from a buffer of data.shuffle_buffer."""
+    (source,) = sources.training(config.data)
+    converter = Converter(
+        config.data,
+        config.trainer.max_length,
+        data.tokenizer,
+        data.template,
+        source.config.format,
+        source.config.columns,
+    )
+    rows = IterableDataset.from_generator(_rows, gen_kwargs={"config": config, "converter": converter})
+    if strategy(config) == "sequential":
+        return rows
+    return rows.shuffle(seed=config.seed, buffer_size=config.data.shuffle_buffer)
+
+
+def _rows(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
+    (source,) = sources.training(config.data)
+    names = [place.name for place in source.places]
+    raw = iter(source)
+    while window := list(itertools.islice(raw, _WINDOW)):
+        converted, account = converter.convert(window)
+        bad = [f"{names[place]}: row {n}: {reason}" for place, n, reason in [*account.too_long, *account.bad]]
+        if account.too_long or (bad and config.data.on_bad_row == "error"):
+            raise RunError(f"{bad[0]} (data.on_bad_row=skip leaves such rows out)")
+        for told in bad:
+            log.warning("left out %s", told)
+        yield from _packed(converted, config) if config.trainer.packing else converted
+
+
+def _packed(rows: list[dict[str, Any]], config: Config) -> Iterator[dict[str, Any]]:
+    for documents in pack.plan([row["length"] for row in rows], config.trainer.max_length):
+        yield join({name: [rows[i][name] for i in documents] for name in ("input_ids", "labels")})
