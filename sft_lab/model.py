@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,20 @@ def resolve_attention(config: Config) -> str:
     asked = config.model.attn_implementation
     if asked != "auto":
         return asked
+    if not _has_sdpa(config.model.path, config.model.revision, config.model.trust_remote_code):
+        return "eager"
     return attention.SDPA_PER_DOCUMENT if config.trainer.packing else "sdpa"
+
+
+@functools.cache
+def _has_sdpa(path: str, revision: str, trust_remote_code: bool) -> bool:
+    """Whether the architecture can attend by PyTorch's own function, which has no soft-capping and no sinks."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    architecture = load_config(ModelConfig(path=path, revision=revision, trust_remote_code=trust_remote_code))
+    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # code of the model's own, which Transformers asks
+        return True
+    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]._supports_sdpa)
 
 
 def device() -> str:

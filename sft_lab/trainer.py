@@ -26,7 +26,7 @@ class Collator:
     from position_ids, which begin again at 0 with each, and keeps them apart.
 
     With `flatten`, packed rows become one row without padding, (1, tokens), beside which stand the documents' bounds as
-    flash attention's kernels know them.
+    flash attention's kernels know them, and each token's document, as layers that attend to nothing know it.
     """
 
     pad_token_id: int
@@ -57,6 +57,7 @@ class Collator:
         return {
             **{name: torch.tensor([[x for row in rows for x in row[name]]]) for name in ("input_ids", "labels")},
             "position_ids": torch.tensor([[position for length in lengths for position in range(length)]]),
+            "seq_idx": torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), bounds.diff())[None],
             **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
             **{name: max(lengths) for name in ("max_length_q", "max_length_k")},
         }
@@ -167,7 +168,8 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
     if models.device() == "cpu" or _writes_new_tokens(base, data):
         loss.score_supervised_only(base)
     if config.trainer.packing:
-        attention.prove_isolation(trainer.model, collator)
+        with trainer.accelerator.autocast():
+            attention.prove_isolation(trainer.model, collator)
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_whole_batches_are_cut_from_the_sorted_lengths() -> None:
     *whole, last = batches_of(order(lengths, "group_by_length", SIZE, 42, 0))
     assert [len(batch) for batch in (*whole, last)] == [SIZE] * 20 + [3]
     ranges = sorted((int(lengths[batch].min()), int(lengths[batch].max())) for batch in whole)
-    assert all(longest <= shortest for (_, longest), (shortest, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(ranges))
 
 
 def test_long_and_short_batches_take_turns() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from sft_lab import config as configs
+from sft_lab.data.batches import TrainingRows
 from sft_lab.data.prepare import evaluation_rows, prepare
 from sft_lab.data.prepared import Prepared
-from sft_lab.data.template import TurnEnd
 from sft_lab.data.tokenize import IGNORE
 from sft_lab.errors import PreflightError
 from sft_lab.runs import RunDirectory
@@ -36,7 +36,7 @@ def prepared(tmp_path: Path) -> Prepare:
 
 def ids(dataset: Any) -> list[int]:
     """The rows' numbers in rows.jsonl."""
-    return [int(id_.rsplit(":", 1)[1]) for id_ in dataset["id"]]
+    return list(dataset["number"])
 
 
 def refused(prepared: Prepare, *args: Any) -> list[str]:
@@ -73,9 +73,10 @@ def test_skipping_keeps_the_rest_and_records_which(prepared: Prepare, tmp_path: 
     data = prepared(with_bad_rows(), "data.on_bad_row=skip")
     assert ids(data.train) == [1, 2, 4, 7, 8]
     assert data.facts["rows"] == {"read": 8, "kept": 5, "dropped": {"bad": 3}}
-    for record, (number, (_, reason)) in zip(data.facts["dropped_rows"]["bad"], BAD.items(), strict=True):
-        assert record.startswith(f"{tmp_path}/rows.jsonl:{number}: ")
-        assert reason in record
+    for record, (number, (_, reason)) in zip(data.facts["bad_rows"], BAD.items(), strict=True):
+        assert data.named(*record[:2]) == f"{tmp_path}/rows.jsonl:{number}"
+        assert reason in record[2]
+    assert data.facts["dropped_rows"]["bad"] == [record[:2] for record in data.facts["bad_rows"]]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_long_rows_are_dropped_and_recorded(prepared: Prepare, tmp_path: Path) -
     data = prepared([GOOD[0], LONG, GOOD[1]], "trainer.max_length=64")
     assert ids(data.train) == [1, 3]
     assert data.facts["rows"]["dropped"] == {"long": 1}
-    assert data.facts["dropped_rows"] == {"long": [f"{tmp_path}/rows.jsonl:2"]}
+    assert [data.named(*row) for row in data.facts["dropped_rows"]["long"]] == [f"{tmp_path}/rows.jsonl:2"]
 
 
 def test_long_rows_are_cut_where_some_of_the_answer_is_left(prepared: Prepare, tmp_path: Path) -> None:
@@ -122,8 +123,8 @@ def test_long_rows_are_cut_where_some_of_the_answer_is_left(prepared: Prepare, t
     assert ids(data.train) == [1, 2]
     assert data.train[1]["input_ids"] == whole.train[0]["input_ids"][:64]
     assert data.train[1]["labels"] == whole.train[0]["labels"][:64]
-    assert data.facts["truncated_rows"] == [f"{tmp_path}/rows.jsonl:2"]
-    assert data.facts["dropped_rows"] == {"long": [f"{tmp_path}/rows.jsonl:3"]}  # its answer lies behind the cut
+    assert data.facts["shortened_rows"] == {"truncated": [[0, 2]]}
+    assert data.facts["dropped_rows"] == {"long": [[0, 3]]}  # its answer lies behind the cut
 
 
 def test_long_rows_are_an_error_where_that_is_asked_for(prepared: Prepare, tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_holding_out_everything_is_refused(prepared: Prepare, count: int) -> Non
 def test_held_out_rows_have_prompt_and_reference(prepared: Prepare) -> None:
     data = prepared(GOOD, "data.eval_rows=5")
     for row in data.eval:
-        number = int(row["id"].rsplit(":", 1)[1])
+        number = row["number"]
         assert row["reference"] == GOOD[number - 1]["completion"]
         assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
         assert row["labels"][len(row["prompt_ids"]) - 1] == IGNORE
@@ -196,9 +197,9 @@ def test_a_held_out_row_with_nothing_before_its_answer(prepared: Prepare, tmp_pa
 def test_evaluation_rows_are_those_held_out_in_training(prepared: Prepare, tmp_path: Path) -> None:
     data = prepared(GOOD, "data.eval_rows=5")
     words = ["model=tiny_llama", "data=from_file", f"data.path={tmp_path}/rows.jsonl", "data.eval_rows=5"]
-    end = TurnEnd(data.facts["turn_end"], data.turn_end_id)
-    rows = evaluation_rows(configs.to_config(configs.compose(words)), data.tokenizer, end)
-    assert rows.to_list() == data.eval.to_list()
+    rows = evaluation_rows(configs.to_config(configs.compose(words)), data.tokenizer, data.template)
+    assert rows.remove_columns("id").to_list() == data.eval.to_list()
+    assert rows["id"][:] == [data.row_id(row) for row in data.eval]
 
 
 # ------------------------------------------------------------------------------------------------ tokens, packing
@@ -219,14 +220,16 @@ def test_packing_keeps_every_row_whole(prepared: Prepare) -> None:
     options = ["trainer.max_length=64"]
     plain, packed = prepared(rows, *options), prepared(rows, *options, "trainer.packing=true")
     documents = []
-    for row in packed.train:
+    config = configs.to_config(configs.compose(["model=tiny_llama", *options, "trainer.packing=true"]))
+    packs = list(TrainingRows(packed.train, packed.column("length"), config))
+    for row in packs:
         assert len(row["input_ids"]) == len(row["labels"]) == sum(row["seq_lengths"]) <= 64
         start = 0
         for length in row["seq_lengths"]:
             documents.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
             start += length
     assert sorted(documents) == sorted((row["input_ids"], row["labels"]) for row in plain.train)
-    assert len(packed.train) < len(plain.train)
+    assert len(packs) < len(plain.train)
     assert all(labels[0] == IGNORE for _, labels in documents)  # nothing predicts it but another row
     assert packed.facts["tokens"] == plain.facts["tokens"]
 
@@ -237,7 +240,9 @@ def test_the_same_config_gives_the_same_data(prepared: Prepare, packing: bool) -
     one, two = prepared(GOOD, *options), prepared(GOOD, *options)
     assert one.train.to_list() == two.train.to_list()
     assert one.eval.to_list() == two.eval.to_list()
-    assert one.facts == two.facts
+    assert one.facts | {"cache": ""} == two.facts | {"cache": ""}
+    assert one.facts["cache"].startswith("cache miss")
+    assert two.facts["cache"].startswith("cache hit")
 
 
 def test_what_was_saved_is_what_is_loaded(prepared: Prepare, tmp_path: Path) -> None:
