@@ -35,7 +35,11 @@ def test_a_directory_and_a_glob_are_read_file_by_file(tmp_path: Path) -> None:
 
 
 def test_a_place_is_known_by_its_contents(tmp_path: Path) -> None:
-    one, same, other = write(tmp_path / "x.jsonl", 2), write(tmp_path / "d" / "x.jsonl", 2), write(tmp_path / "y.jsonl", 2)
+    one, same, other = (
+        write(tmp_path / "x.jsonl", 2),
+        write(tmp_path / "d" / "x.jsonl", 2),
+        write(tmp_path / "y.jsonl", 2),
+    )
     prints = [sources.training(DataConfig(path=str(file)))[0].places[0].fingerprint for file in (one, same, other)]
     assert prints[0] == prints[1] != prints[2]
 
