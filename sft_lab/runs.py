@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -37,8 +38,17 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def to_json(value: Any) -> str:
+    """Indented JSON that a person can read; with escapes where a text (a file's name, say) is no valid Unicode."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return text if not _SURROGATE.search(text) else json.dumps(value, indent=2)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value) + "\n")
 
 
 def read_json(path: Path) -> Any:

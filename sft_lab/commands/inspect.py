@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError
-from sft_lab.runs import RunDirectory, write_text
+from sft_lab.runs import RunDirectory, to_json, write_text
 
 if TYPE_CHECKING:
     from sft_lab.data.prepared import Prepared
@@ -36,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         title = f"Rows of {run.path if run else config.data.path or config.data.source}"
         write_text(Path(args.html), view.as_html(rows, title))
     if args.json:
-        print(json.dumps({**view.as_json(rows), "left_out": inspection.left_out(data)}, ensure_ascii=False))
+        print(to_json({**view.as_json(rows), "left_out": inspection.left_out(data)}))
     if args.html or args.json:
         return 0
     from sft_lab.console import console

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,13 +22,13 @@ def main(argv: Sequence[str]) -> int:
     from sft_lab import preflight
     from sft_lab.data.prepare import prepare
     from sft_lab.logs import run_log
-    from sft_lab.runs import RunDirectory
+    from sft_lab.runs import RunDirectory, to_json
 
     with run_log():
         data = prepare(config)
         report = preflight.examine(config, data, RunDirectory(run_dir)).as_dict()
     if args.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print(to_json(report))
     else:
         print(data.facts["cache"], file=sys.stderr)
         _show(report)

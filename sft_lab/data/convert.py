@@ -111,6 +111,12 @@ class Converter:
     def _convert(self, row: RawRow, account: Account) -> list[dict[str, Any]]:
         if row.problem:
             raise RowError(row.problem)
+        try:
+            return self._parts(row, account)
+        except RecursionError:  # of JSON that a template writes, deeper in the stack than it was read
+            raise RowError("nested too deeply") from None
+
+    def _parts(self, row: RawRow, account: Account) -> list[dict[str, Any]]:
         example = formats.to_example(row.value, self.format, self.columns)
         text = formats.text_of(example, system=False)
         whole = duplicates.digest(formats.text_of(example))
