@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
     console.print(view.as_text(rows, console))
     for line in inspection.left_out_lines(data):
-        console.print(line, markup=False)
+        console.print(view.printable(line), markup=False)
     return 0
 
 

@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
 def _show(report: dict[str, Any]) -> None:
     """Errors first; a finding a line, with some of the rows that show it."""
     from sft_lab.console import show_findings
+    from sft_lab.data.view import printable
 
     levels = ("error", "warning", "fact")
     findings = sorted(report["findings"], key=lambda finding: levels.index(finding["level"]))
-    show_findings(findings, _SHOWN)
+    # a row's reason quotes the data, which must not act on the terminal
+    show_findings([{**finding, "rows": [printable(row) for row in finding["rows"]]} for finding in findings], _SHOWN)

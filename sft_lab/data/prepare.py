@@ -164,16 +164,16 @@ class _Work:
         }
 
     def _converter(self, source: Source, leaks: duplicates.Leaks | None = None, held_out: bool = False) -> Converter:
-        max_length, settings = self.config.trainer.max_length, source.config
         return Converter(
             self.config.data,
-            max_length,
+            self.config.trainer.max_length,
             self.tokenizer,
             self.template,
-            settings.format,
-            settings.columns,
-            held_out,
-            leaks,
+            source.config.format,
+            source.config.columns,
+            held_out=held_out,
+            leaks=leaks,
+            signatures=self.config.data.deduplicate == "near" or _size(self.training) <= _COMPARED_BYTES,
         )
 
     def _held_out_mask(self) -> np.ndarray | None:

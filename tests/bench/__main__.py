@@ -8,12 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from tests.bench.million import million
 from tests.bench.packing import packing
 from tests.bench.startup import startup
 
 BENCHES: dict[str, Callable[[], None]] = {
     "startup": startup,
     "packing": packing,
+    "million": million,
 }
 
 

@@ -665,8 +665,13 @@ TYPED: dict[str, tuple[str, Content, str]] = {
 }
 
 
+QUICK = ("bad rows", "rows whose end is not learned")  # the others take the same way
+
+
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", TYPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TYPED]
+)
 def test_plan_and_training_refuse_alike_and_leave_nothing_behind(name: str, cli: Cli, tmp_path: Path) -> None:
     file, content, said = TYPED[name]
     written(tmp_path, file, content)
