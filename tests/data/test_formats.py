@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from sft_lab import schema
 from sft_lab.data.formats import (
     FORMAT_NAMES,
     FORMATS,
@@ -402,3 +403,7 @@ def test_rows_that_say_the_same_have_the_same_text() -> None:
 )
 def test_rows_that_say_something_else_have_another_text(other: dict[str, Any]) -> None:
     assert text_of(to_example(other)) != text_of(to_example({"messages": [USER, ASSISTANT]}))
+
+
+def test_the_config_offers_each_format_and_no_other() -> None:
+    assert set(schema.FORMATS) == set(FORMAT_NAMES)
