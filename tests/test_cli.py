@@ -153,7 +153,7 @@ def test_env_is_one_json_document(cli: Cli, tmp_path: Path) -> None:
         ("data.path=nowhere.jsonl", "there is no such file either (allowed: data=from_file data.path=nowhere.jsonl)"),
         ("data=from_file data.path=nowhere.jsonl", "data.path=nowhere.jsonl : no such file (allowed: a .jsonl, "),
         ("-m peft.r=8,abc", "peft.r=abc : allowed is an integer"),
-        ("trane", "trane : neither a verb nor KEY=VALUE; did you mean train? (verbs: train, resume, "),
+        ("trane", "trane : neither a verb nor KEY=VALUE; did you mean train? (verbs: train, plan, inspect, resume, "),
         ("train trane", "trane : "),
         ("--confg job", "--confg"),
         ("--config-dir nowhere", "nowhere"),
@@ -196,7 +196,7 @@ def test_bad_rows_are_told_with_file_and_row_and_leave_nothing_behind(
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n{"prompt": "a", "completion": 3}\n')
     told = refused(cli(*where, *TINY, "data=from_file", "data.path=rows.jsonl"))
     assert "rows.jsonl: row 2: columns prompt fit no format" in told
-    assert "rows.jsonl: row 3: completion is int where a text was expected" in told
+    assert "rows.jsonl: row 3: prompt is text and completion is int (allowed: " in told
     assert "data.on_bad_row=skip" in told
     assert listing(tmp_path) == ["rows.jsonl"]
 

@@ -10,6 +10,7 @@ from datasets import Dataset, interleave_datasets
 from sft_lab.data import duplicates
 from sft_lab.data.convert import Account
 from sft_lab.data.sources import Source
+from sft_lab.errors import PreflightError
 from sft_lab.schema import DataConfig
 
 
@@ -52,10 +53,11 @@ def _column(dataset: Dataset, name: str) -> np.ndarray:
 def _copies(parts: list[Dataset], columns: dict[str, np.ndarray], first: np.ndarray) -> dict[str, np.ndarray]:
     """Of each row the one that it repeats, or itself: exactly, and (where there are signatures) nearly."""
     copies = {"exact": duplicates.exact(columns["digest"][first])}
-    if all("signature" in part.column_names for part in parts) and len(first):
-        signatures = np.concatenate([_signatures(part) for part in parts if len(part)])
-        near = duplicates.near(signatures[first], _NEAR)
-        itself = np.arange(len(first))
+    if all("signature" in part.column_names for part in parts):
+        near = itself = np.arange(len(first))
+        if len(first):
+            signatures = np.concatenate([_signatures(part) for part in parts if len(part)])
+            near = duplicates.near(signatures[first], _NEAR)
         copies["near"] = np.where(copies["exact"] == itself, near, itself)
     return copies
 
@@ -80,13 +82,22 @@ def _pairs(copies: np.ndarray, first: np.ndarray, columns: dict[str, np.ndarray]
 def _mixed(
     data: DataConfig, training: list[Source], parts: list[Dataset], kept: np.ndarray
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """The kept rows of all sources, concatenated or interleaved by weight, and how many are of each."""
+    """The kept rows of all sources, concatenated or interleaved by weight, and how many are of each.
+
+    Raises:
+        PreflightError: a source to be interleaved has none.
+    """
+    names = list(data.sources) if data.source == "mixture" else [data.source]
     ends = np.cumsum([len(part) for part in parts])
     owner = np.searchsorted(ends, kept, side="right")
-    if data.mix == "concatenate":
+    if data.mix == "concatenate" or not len(kept):
         order = kept
     else:
         pools = [Dataset.from_dict({"row": kept[owner == i]}) for i in range(len(parts))]
+        empty = [name for name, pool in zip(names, pools, strict=True) if not len(pool)]
+        if empty:
+            hint = "(allowed: data.mix=concatenate, or leave the source out)"
+            raise PreflightError([f"data.sources.{name} : no row of it is left to draw {hint}" for name in empty])
         weights = np.array([source.config.weight for source in training], dtype=float)
         order = np.array(
             interleave_datasets(
@@ -99,5 +110,4 @@ def _mixed(
         )
         order = order[: data.train_rows] if data.train_rows >= 0 else order
     drawn = np.bincount(np.searchsorted(ends, order, side="right"), minlength=len(parts))
-    names = list(data.sources) if data.source == "mixture" else [data.source]
     return order, dict(zip(names, map(int, drawn), strict=True))

@@ -48,6 +48,7 @@ class Account:
     """What became of the rows that were read."""
 
     read: int = 0
+    stopped: bool = False  # before all was read, since that was no use
     dropped: dict[str, list[RowName]] = field(default_factory=dict)
     bad: list[tuple[int, int, str]] = field(default_factory=list)  # place, number, reason
     bad_count: int = 0
@@ -62,6 +63,7 @@ class Account:
 
     def add(self, other: Account) -> None:
         self.read += other.read
+        self.stopped |= other.stopped
         self.bad_count += other.bad_count
         self.bad += other.bad[: max(_LISTED - len(self.bad), 0)]
         self.too_long += other.too_long
@@ -231,6 +233,7 @@ def write(
             if converted:
                 writer.write_batch(pa.RecordBatch.from_pylist(converted, schema=converter.schema))
             if stop(account):
+                account.stopped = True
                 break
     return account
 

@@ -93,9 +93,12 @@ class _Work:
     held_out: Source | None
 
     @property
+    def every_source(self) -> list[Source]:
+        return [*self.training, self.held_out] if self.held_out else self.training
+
+    @property
     def places(self) -> list[sources.Place]:
-        every = [*self.training, self.held_out] if self.held_out else self.training
-        return [place for source in every for place in source.places]
+        return [place for source in self.every_source for place in source.places]
 
     def named(self, place: int, number: int) -> str:
         return f"{self.places[place].name}:{number}"
@@ -108,10 +111,11 @@ class _Work:
         return {
             "places": [place.name for place in self.places],
             "contents": [place.fingerprint for place in self.places],
-            "format": [[s.config.format, s.config.columns] for s in self.training],
+            "format": [[s.config.format, s.config.columns] for s in self.every_source],
             "template": cache.digest_of(self.template.name, self.template.text),
             "tokenizer": _tokenizer_digest(self.tokenizer),
             "max_length": self.config.trainer.max_length,
+            "sources": list(data.sources),  # their names, under which the facts count rows
             "selection": [[s.config.sample, s.config.max_rows, s.config.weight] for s in self.training],
             "seed": [data.seed, *(s.config.seed for s in self.training)] if self._draws() else None,
             **{name: getattr(data, name) for name in _DECIDING},
@@ -251,9 +255,11 @@ class _Work:
             return
         if any(account.bad_count for account in accounts) and self.config.data.on_bad_row == "error":
             problems[0] += " (data.on_bad_row=skip leaves such rows out and records which)"
-        more = total - _SHOWN
-        stopped = ", and reading stopped there" if any(map(self._hopeless, accounts)) else ""
-        raise PreflightError(problems[:_SHOWN] + ([f"and {more} more rows{stopped}"] if more > 0 else []))
+        shown = problems[:_SHOWN]
+        if total > _SHOWN:
+            shown.append(f"and {total - _SHOWN} more rows")
+        shown += [f"reading stopped after {account.read} rows" for account in accounts if account.stopped]
+        raise PreflightError(shown)
 
 
 _DECIDING = (

@@ -81,11 +81,14 @@ class Prepared:
     @classmethod
     def of(cls, folder: Path, tokenizer: Any) -> Prepared:
         """What lies in a cache entry or in a run's data folder."""
-        parts = [Dataset.from_file(str(file)) for file in sorted(folder.glob("train-*.arrow"))]
+        files = sorted(folder.glob("train-*.arrow"), key=lambda file: int(file.stem.removeprefix("train-")))
+        parts = [Dataset.from_file(str(file)) for file in files]
         train = concatenate_datasets([part for part in parts if len(part)] or parts[:1])
         order = np.load(folder / "order.npy") if (folder / "order.npy").is_file() else None
         if order is not None:
             train = train.select(order)
+            if (np.diff(order) == 1).all():  # `select` makes a slice of these, with no other row in it
+                order = None
         held_out = folder / "eval.arrow"
         evaluation = Dataset.from_file(str(held_out)) if held_out.is_file() else Dataset.from_list([])
         return cls(train, evaluation, tokenizer, read_json(folder / "facts.json"), folder, order)

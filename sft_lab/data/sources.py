@@ -143,8 +143,10 @@ def _hub(location: LocationConfig, split: str, streaming: bool) -> Place:
     def read() -> Iterator[tuple[int, Any, str | None]]:
         yield from ((number, row, None) for number, row in enumerate(dataset, start=1))
 
-    size = 0 if streaming else dataset.data.nbytes
-    return Place(f"{location.path}[{split}]", str(dataset._fingerprint), read, size)
+    place = f"{location.path}[{split}]"
+    if streaming:  # only what was asked for is known of it
+        return Place(place, f"{location.name}:{location.revision}", read)
+    return Place(place, str(dataset._fingerprint), read, dataset.data.nbytes)
 
 
 def _requests(data: DataConfig, held_out: bool) -> Place:

@@ -1,7 +1,7 @@
 """Rows that are made into tokens as training goes, for data larger than the disk.
 
-What needs all rows at once (held-out rows out of them, duplicates, leaks, batches of like length) is refused by the
-config's checks; a bad row is found when its turn comes.
+What needs all rows at once (held-out rows out of them, duplicates, batches of like length) is refused by the config's
+checks; a bad row, and one that gives away a held-out row, is found when its turn comes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from sft_lab.data import pack, sources
+from sft_lab.data import duplicates, pack, sources
 from sft_lab.data.batches import join, strategy
 from sft_lab.data.convert import Converter
 from sft_lab.data.prepared import Prepared
@@ -35,6 +35,7 @@ def training_rows(config: Config, data: Prepared) -> IterableDataset:
         data.template,
         source.config.format,
         source.config.columns,
+        leaks=duplicates.Leaks(data.eval["text"][:]) if len(data.eval) else None,
     )
     rows = IterableDataset.from_generator(_rows, gen_kwargs={"config": config, "converter": converter})
     if strategy(config) == "sequential":
@@ -50,9 +51,19 @@ def _rows(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
         converted, account = converter.convert(window)
         bad = [f"{names[place]}: row {n}: {reason}" for place, n, reason in [*account.too_long, *account.bad]]
         if account.too_long or (bad and config.data.on_bad_row == "error"):
-            raise RunError(f"{bad[0]} (data.on_bad_row=skip leaves such rows out)")
+            hint = "" if account.too_long else " (data.on_bad_row=skip leaves such rows out)"
+            raise RunError(f"{bad[0]}{hint}")
+        if account.leaks and config.data.on_leak == "error" and "leak" not in config.preflight.allow:
+            place, number, *_ = account.leaks[0]
+            raise RunError(
+                f"{names[place]}: row {number}: gives away a held-out row (data.on_leak=drop leaves such rows out, "
+                "preflight.allow=[leak] lets them through)"
+            )
         for told in bad:
             log.warning("left out %s", told)
+        for reason, rows in account.dropped.items():
+            if reason != "bad":
+                log.info("left out (%s) %s", reason, ", ".join(f"{names[place]}:{number}" for place, number in rows))
         yield from _packed(converted, config) if config.trainer.packing else converted
 
 

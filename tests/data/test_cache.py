@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from sft_lab import embedded
 from sft_lab.data import cache
 from sft_lab.data.prepare import prepare
 from sft_lab.data.prepared import Prepared
+from sft_lab.errors import PreflightError
 from sft_lab.runs import RunDirectory
 from tests.data.preparing import config_of
 
@@ -39,6 +42,10 @@ def build(folder: Path) -> None:
     (folder / "made").write_text("x")
 
 
+def entries(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.suffix != ".lock" and not path.name.startswith(".")]
+
+
 def never(folder: Path) -> None:
     raise AssertionError("built again")
 
@@ -53,10 +60,23 @@ def test_the_second_call_hits(root: Path) -> None:
 
 
 def test_a_miss_says_what_changed() -> None:
+    """Against the entry of the same files that is most like it."""
     cache.get(KEY, build)
     cache.get(KEY | {"contents": ["2"], "max_length": 9}, build)
     assert "(changed: max_length)" in cache.get(KEY | {"max_length": 7}, build)[1]
-    assert "(not prepared before)" not in cache.get(KEY | {"new": 1}, build)[1]
+    assert "(changed: contents, max_length)" in cache.get(KEY | {"contents": ["3"], "max_length": 6}, build)[1]
+    assert "(changed: new)" in cache.get(KEY | {"new": 1}, build)[1]
+    assert "(this data was not prepared before)" in cache.get(KEY | {"places": ["b"]}, build)[1]
+
+
+def test_an_entry_is_not_seen_before_it_is_whole(root: Path) -> None:
+    def look(folder: Path) -> None:
+        build(folder)
+        assert entries(root) == []
+
+    entry, _ = cache.get(KEY, look)
+    assert entries(root) == [entry]
+    assert {path.name for path in entry.iterdir()} == {"made", "key.json"}
 
 
 def test_a_build_that_fails_leaves_nothing(root: Path) -> None:
@@ -81,8 +101,12 @@ PROCESS = textwrap.dedent("""
             file.write("built\\n")
         if sys.argv[1] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(1)
+        ends = time.monotonic() + 60
+        while len(list(Path().glob("asking-*"))) < 3 and time.monotonic() < ends:  # until all of them want it
+            time.sleep(0.01)
+        time.sleep(0.2)
 
+    Path(f"asking-{os.getpid()}").touch()
     print(cache.get({"places": ["a"]}, build)[1])
 """)
 
@@ -94,6 +118,7 @@ def start(how: str, cwd: Path) -> subprocess.Popen[str]:
 def test_a_killed_build_is_cleaned_up_by_the_next(root: Path, tmp_path: Path) -> None:
     assert start("die", tmp_path).wait() == -signal.SIGKILL
     assert list(root.glob(".*.tmp"))
+    assert entries(root) == []
     entry, message = cache.get({"places": ["a"]}, build)
     assert "miss" in message
     assert not list(root.glob(".*.tmp"))
@@ -122,7 +147,8 @@ def made(path: Path, *overrides: str, **more: Any) -> str:
 @pytest.mark.parametrize(
     "override",
     ["trainer.learning_rate=1", "seed=7", "data.seed=7", "trainer.packing=true", "trainer.per_device_train_batch_size=1",
-     "peft.r=4", "trainer.max_steps=3", "data.num_proc=1", "data.metrics=[exact_match]"],
+     "peft.r=4", "trainer.max_steps=3", "data.num_proc=1", "data.metrics=[exact_match]", "model.dtype=bfloat16",
+     "trainer.train_sampling_strategy=random", "data.shuffle_buffer=5", "evaluation.rows=3", "tracking.project=x"],
 )  # fmt: skip
 def test_what_changes_no_token_is_no_miss(tmp_path: Path, override: str) -> None:
     path = rows(tmp_path / "rows.jsonl")
@@ -136,7 +162,12 @@ def test_what_changes_no_token_is_no_miss(tmp_path: Path, override: str) -> None
         ("data.loss=all", "loss"),
         ("trainer.max_length=99", "max_length"),
         ("data.on_long_row=truncate", "on_long_row"),
+        ("data.truncation_side=left", "truncation_side"),
+        ("data.on_bad_row=skip", "on_bad_row"),
+        ("data.on_leak=drop", "on_leak"),
         ("data.deduplicate=exact", "deduplicate"),
+        ("data.format=prompt_completion", "format"),
+        ("data.columns={prompt: completion}", "format"),
         ("chat_template.name=zephyr", "template"),
         ("data.train_rows=3", "train_rows"),
     ],
@@ -144,9 +175,45 @@ def test_what_changes_no_token_is_no_miss(tmp_path: Path, override: str) -> None
 def test_what_changes_tokens_is_named(tmp_path: Path, override: str, named: str) -> None:
     path = rows(tmp_path / "rows.jsonl")
     made(path)
-    message = made(path, override)
-    assert message.startswith("cache miss (changed: ")
-    assert named in message.split("changed: ")[1].split(")")[0].split(", ")
+    assert f"cache miss (changed: {named})" in made(path, override)
+
+
+def test_a_changed_tokenizer_is_seen(tmp_path: Path) -> None:
+    """In the same directory, under the same name: one more token cuts texts in another way."""
+    path, model = rows(tmp_path / "rows.jsonl"), tmp_path / "model"
+    shutil.copytree(embedded.resolve("embedded:tiny_llama"), model)
+    made(path, f"model.path={model}")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["answer"])
+    tokenizer.save_pretrained(model)
+    assert "(changed: tokenizer)" in made(path, f"model.path={model}")
+
+
+def test_a_changed_template_is_seen(tmp_path: Path) -> None:
+    """Under the same name, which is all that the config says of it."""
+    path, jinja = rows(tmp_path / "rows.jsonl"), tmp_path / "own.jinja"
+    given = ["chat_template.name=file", f"chat_template.path={jinja}"]
+    jinja.write_text(embedded.CHATML)
+    made(path, *given)
+    jinja.write_text(embedded.CHATML.replace("<|im_start|>", "<|im_start|> "))
+    assert "(changed: template)" in made(path, *given)
+
+
+def test_a_new_version_prepares_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = rows(tmp_path / "rows.jsonl")
+    made(path)
+    monkeypatch.setattr("sft_lab.data.prepare.version", lambda name: "next")
+    assert "(changed: code)" in made(path)
+
+
+def test_a_failed_preparation_is_no_entry(tmp_path: Path, root: Path) -> None:
+    path, before = rows(tmp_path / "rows.jsonl"), entries(root) if root.exists() else []
+    path.write_text(path.read_text() + "{}\n")
+    for _ in range(2):
+        with pytest.raises(PreflightError, match="row 13"):
+            made(path)
+    assert entries(root) == before
+    assert made(rows(path)).startswith("cache miss (this data was not prepared before)")
 
 
 def test_the_seed_counts_where_rows_are_drawn(tmp_path: Path) -> None:

@@ -112,3 +112,65 @@ def test_a_bad_row_names_its_source(files: dict[str, Path]) -> None:
 def test_a_mapping_to_no_format_is_told_once(files: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"data\.columns=.*promt"):
         mixed(files, quiz={"columns": {"promt": "q", "completion": "a.text"}})
+
+
+def test_a_sample_has_its_sources_own_seed(files: dict[str, Path]) -> None:
+    """Another seed of the data draws other rows of one source, and leaves one with a seed of its own as it was."""
+    shares = {"chat": {"sample": 0.5, "seed": 1}, "code": {"sample": 0.5}}
+    one, two = (mixed(files, f"data.seed={seed}", **shares) for seed in (1, 2))
+    drawn = [[list(zip(data.column("place"), data.column("number"), strict=True)) for data in (one, two)]]
+    chat, code = ([[row for row in rows if row[0] == place] for rows in drawn[0]] for place in (0, 1))
+    assert chat[0] == chat[1]
+    assert code[0] != code[1]
+    assert [len(rows) for rows in (*chat, *code)] == [30, 30, 10, 10]
+
+
+def test_a_source_gives_its_rows_in_their_order(files: dict[str, Path]) -> None:
+    """However its rows are interleaved with others', and begins again with its first."""
+    data = mixed(files, "data.mix=interleave_all_exhausted")
+    places, drawn = data.column("place"), data.column("number")
+    for place, count in enumerate((60, 20, 20)):
+        own = drawn[places == place]
+        assert own.tolist() == [1 + i % count for i in range(len(own))]
+
+
+def test_one_row_of_a_mixture_has_its_own_numbers(files: dict[str, Path]) -> None:
+    """What is said of training rows is said of those that were drawn, also where these stand side by side."""
+    for seed in range(6):
+        data = mixed(files, "data.mix=interleave_first_exhausted", "data.train_rows=1", f"data.seed={seed}")
+        (row,) = data.train
+        for name in ("place", "number", "length", "supervised"):
+            assert data.column(name).tolist() == [row[name]]
+        assert len(row["input_ids"]) == row["length"] == data.facts["tokens"]["total"]
+
+
+def test_more_than_ten_sources_stay_in_order(tmp_path: Path) -> None:
+    paths = {f"s{i}": written(tmp_path / f"{i}.jsonl", [{"text": f"row of {i}"}] * (i + 1)) for i in range(12)}
+    settings = {name: {"path": str(path)} for name, path in paths.items()}
+    plain = prepare(config_of(data="mixture", sources=settings))
+    assert owners(plain) == [str(i) for i in range(12) for _ in range(i + 1)]
+    data = prepare(config_of("data.deduplicate=exact", data="mixture", sources=settings))
+    assert owners(data) == [str(i) for i in range(12)]
+    assert all(f"row of {i}" in data.tokenizer.decode(row["input_ids"]) for i, row in enumerate(data.train))
+
+
+def test_a_source_that_has_no_rows_left_cannot_be_interleaved(files: dict[str, Path]) -> None:
+    written(files["code"], [{"prompt": "c 3", "completion": "d 3"}])
+    settings = {name: {"path": str(files[name])} for name in ("chat", "code")}
+    overrides = ["data.mix=interleave_all_exhausted", "data.deduplicate=exact"]
+    (problem,) = problems_of(config_of(*overrides, data="mixture", sources=settings))
+    assert problem.startswith("data.sources.code : no row of it is left")
+
+
+def test_the_formats_of_held_out_rows_count_for_the_cache(files: dict[str, Path], tmp_path: Path) -> None:
+    """They have the mixture's own mapping, beside those of its sources."""
+    held_out = written(tmp_path / "eval.jsonl", [{"prompt": "p", "completion": "c", "better": "d"}])
+    one = mixed(files, f"data.eval_path={held_out}")
+    two = mixed(files, f"data.eval_path={held_out}", "data.columns={completion: better}")
+    assert (one.eval["reference"][:], two.eval["reference"][:]) == (["c"], ["d"])
+
+
+def test_a_source_that_was_renamed_is_counted_under_its_new_name(files: dict[str, Path]) -> None:
+    for name in ("one", "two"):
+        data = prepare(config_of(data="mixture", sources={name: {"path": str(files["chat"])}}))
+        assert data.facts["mixed"] == {name: 60}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,76 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
         sources.training(DataConfig(path=str(tmp_path / "nowhere.jsonl")))
 
 
-def test_a_hub_that_cannot_be_reached_fails_in_one_sentence() -> None:
-    with pytest.raises(RunError, match=r"^data\.path=no/such_set: the hub gave no such data set \(") as error:
-        sources.training(DataConfig(source="hub", path="no/such_set"))
+def test_a_sample_is_the_same_whatever_else_takes_part(tmp_path: Path) -> None:
+    source = SourceConfig(path=str(write(tmp_path / "a.jsonl", 100)), sample=0.3)
+    other = SourceConfig(path=str(write(tmp_path / "b.jsonl", 10)))
+    assert numbers(mixture(a=source)[0]) == numbers(mixture(b=other, a=source)[1])
+
+
+def test_a_stream_is_not_read_to_know_it(tmp_path: Path) -> None:
+    """Its size and time stand for its contents: it may be larger than what can be read in an hour."""
+    path = write(tmp_path / "rows.jsonl", 3)
+    before = path.stat()
+    place = sources.training(DataConfig(path=str(path), streaming=True))[0].places[0]
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert sources.training(DataConfig(path=str(path), streaming=True))[0].places[0].fingerprint == place.fingerprint
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert sources.training(DataConfig(path=str(path), streaming=True))[0].places[0].fingerprint != place.fingerprint
+
+
+def test_local_files_are_all_that_is_read(tmp_path: Path) -> None:
+    train, held_out = (write(tmp_path / f"{name}.jsonl", 1) for name in ("train", "eval"))
+    shards = [write(tmp_path / "shards" / f"{name}.jsonl", 1) for name in "ab"]
+    hub = SourceConfig(source="hub", path="org/name")
+    mixed = {"a": SourceConfig(path=str(tmp_path / "shards")), "b": SourceConfig(path=str(train)), "c": hub}
+    data = DataConfig(source="mixture", path="", sources=mixed, eval_path=str(held_out))
+    assert sources.local_files(data) == [*shards, train, held_out]
+    assert sources.local_files(DataConfig(path=str(train))) == [train]
+    assert sources.local_files(DataConfig(source="hub", path="org/name")) == []
+    assert sources.local_files(DataConfig(source="requests", path="")) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ the hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set as the hub has it, in a directory of its own: `datasets` reads both in the same way."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment on import
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "set" / "train.jsonl", 5)
+    write(tmp_path / "set" / "test.jsonl", 2)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_the_hub(hub: Path, streaming: bool) -> None:
+    data = DataConfig(source="hub", path=str(hub), eval_split="test", streaming=streaming)
+    (source,), held_out = sources.training(data), sources.held_out(data, 1)
+    assert held_out is not None
+    assert [place.name for place in (*source.places, *held_out.places)] == [f"{hub}[train]", f"{hub}[test]"]
+    assert [(row.place, row.number, row.value["prompt"]) for row in source] == [
+        (0, n, f"train {n - 1}") for n in range(1, 6)
+    ]
+    assert [(row.place, row.number, row.value["prompt"]) for row in held_out] == [(1, 1, "test 0"), (1, 2, "test 1")]
+
+
+def test_a_hub_data_set_is_known_by_its_contents(hub: Path) -> None:
+    data = DataConfig(source="hub", path=str(hub))
+    one, same = (sources.training(data)[0].places[0].fingerprint for _ in range(2))
+    write(hub / "train.jsonl", 6)
+    assert one == same != sources.training(data)[0].places[0].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "says"),
+    [("no/such_set", "train", "no/such_set"), ("{hub}", "dev", "dev")],
+    ids=["no data set", "no split"],
+)
+def test_what_the_hub_has_not_fails_in_one_sentence(hub: Path, path: str, split: str, says: str) -> None:
+    path = path.format(hub=hub)
+    with pytest.raises(RunError, match=rf"^data\.path={path}: the hub gave no such data set \(.*{says}") as error:
+        sources.training(DataConfig(source="hub", path=path, split=split))
     assert "\n" not in str(error.value)
