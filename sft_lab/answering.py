@@ -10,7 +10,7 @@ from sft_lab import evaluate
 from sft_lab import model as models
 from sft_lab.data.formats import Message
 from sft_lab.data.prepare import evaluation_rows
-from sft_lab.data.prepared import Prepared
+from sft_lab.data.prepared import Prepared, asking
 from sft_lab.data.template import Template
 from sft_lab.data.tokenize import IGNORE
 from sft_lab.errors import PreflightError
@@ -61,11 +61,12 @@ class Finished:
         if unknown:
             raise PreflightError(f"data.metrics={unknown} : no such metric (allowed: {', '.join(evaluate.METRICS)})")
         rows = evaluation_rows(config, self.tokenizer, self.template)
-        settings = replace(config.evaluation, rows=len(rows) if config.data.metrics else 0)
-        answers = evaluate.answer_rows(self.model, self.tokenizer, rows, self.template.turn_end.id, settings)
+        questions = asking(rows)
+        settings = replace(config.evaluation, rows=len(questions) if config.data.metrics else 0)
+        answers = evaluate.answer_rows(self.model, self.tokenizer, questions, self.template.turn_end.id, settings)
         metrics = {
             "loss": self._loss(rows, config.trainer.per_device_eval_batch_size),
-            **evaluate.score(config.data.metrics, answers, rows["reference"]),
+            **evaluate.score(config.data.metrics, answers, questions["reference"]),
         }
         return {"source": config.data.path or config.data.source, "rows": len(rows), "metrics": metrics}
 

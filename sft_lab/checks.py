@@ -186,6 +186,14 @@ def _data_contradictions(c: Config) -> Iterator[str]:
 
 
 def _source_contradictions(data: DataConfig) -> Iterator[str]:
+    named = {"data": data, **{f"data.sources.{name}": source for name, source in data.sources.items()}}
+    for key, location in named.items():
+        if location.source in ("file", "hub") and not location.path:
+            yield f"{key}.path= : is empty (allowed: {_FILE_KINDS}, or a hub id)"
+    if data.eval_split and data.source != "hub":
+        yield f"data.eval_split={data.eval_split} : only a hub data set has splits (allowed: data.eval_path)"
+    if data.eval_path and data.source == "requests":
+        yield f"data.eval_path={data.eval_path} : data=requests makes its held-out rows too (allowed: data.eval_rows)"
     if data.source == "requests" and data.path:
         exists = "" if Path(data.path).exists() else "; there is no such file either"
         yield (
@@ -212,7 +220,7 @@ def _source_contradictions(data: DataConfig) -> Iterator[str]:
 
 def _held_out_contradictions(data: DataConfig) -> Iterator[str]:
     held_out = {"eval_rows": max(data.eval_rows, 0), "eval_fraction": data.eval_fraction}
-    if data.eval_path or data.eval_split:
+    if (data.eval_path or data.eval_split) and data.source != "requests":
         for key, value in held_out.items():
             if value:
                 yield (
@@ -254,12 +262,13 @@ def missing_files(config: Config) -> list[str]:
     paths["data.eval_path"] = data.eval_path if data.source in ("file", "mixture") else ""
     paths |= {f"data.sources.{name}.path": s.path for name, s in data.sources.items() if s.source == "file"}
     problems = [_missing(key, path) for key, path in paths.items() if path]
-    if config.chat_template.path and not Path(config.chat_template.path).is_file():
+    if config.chat_template.path and not Path(config.chat_template.path).expanduser().is_file():
         problems.append(f"chat_template.path={config.chat_template.path} : no such file (allowed: a jinja file)")
     return [problem for problem in problems if problem]
 
 
 def _missing(key: str, path: str) -> str | None:
+    path = str(Path(path).expanduser())
     if Path(path).exists() or (glob.has_magic(path) and glob.glob(path, recursive=True)):  # noqa: PTH207  any root
         return None
     if glob.has_magic(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,10 +82,17 @@ def _absolute(config: Config) -> Config:
     config = copy.deepcopy(config)
     if Path(config.model.path).is_dir():
         config.model.path = str(Path(config.model.path).resolve())
-    if config.data.source == "file":
-        config.data.path = str(Path(config.data.path).resolve())
-        config.data.eval_path = str(Path(config.data.eval_path).resolve()) if config.data.eval_path else ""
+    local = [source for source in (config.data, *config.data.sources.values()) if source.source == "file"]
+    for source in local:
+        source.path = _from_anywhere(source.path)
+    config.data.eval_path = _from_anywhere(config.data.eval_path)
+    config.chat_template.path = _from_anywhere(config.chat_template.path)
     return config
+
+
+def _from_anywhere(path: str) -> str:
+    """Links are not followed: what they lead to often has another name, without the ending that tells its kind."""
+    return os.path.abspath(Path(path).expanduser()) if path else ""  # noqa: PTH100  resolve() would follow them
 
 
 def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: preflight.Report) -> None:

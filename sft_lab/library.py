@@ -90,6 +90,8 @@ EXTRA_OF = {
             "pad_token": "chat_template",
             "eos_token": "chat_template",
             "dataloader_pin_memory": "the device",
+            "dataloader_persistent_workers": "trainer.dataloader_num_workers",  # would keep one order
+            "dataloader_drop_last": "data",
             "logging_nan_inf_filter": "trainer.logging_steps",
             "trust_remote_code": "model.trust_remote_code",
             "disable_tqdm": "tracking",

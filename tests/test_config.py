@@ -207,6 +207,9 @@ REFUSED = [
         "data.eval_rows=5 : ",
         ("data.eval_split", "(allowed: 0)"),
     ),
+    Refused("data=from_file data.path=", "data.path= : is empty"),
+    Refused("data=from_file data.path=. data.eval_split=test", "data.eval_split=test : only a hub data set has splits"),
+    Refused("data.eval_path=x.jsonl", "data.eval_path=x.jsonl : data=requests makes its held-out rows too"),
     Refused("data=from_file data.path=no/*.jsonl", "data.path=no/*.jsonl : no file matches (allowed: "),
     Refused("data.eval_fraction=1.5", "data.eval_fraction=1.5 : too large (allowed: 0 to 1)"),
     Refused(

@@ -126,8 +126,8 @@ _MASKS = ("completion_mask", "assistant_masks")
 def _tokens(row: Mapping[str, Any]) -> Example:
     ids = non_empty_list(row["input_ids"], "input_ids")
     for i, token in enumerate(ids):
-        if type(token) is not int or token < 0:  # bool is an int, too
-            raise RowError(f"input_ids[{i}] is {reprlib.repr(token)} (allowed: whole numbers from 0)")
+        if type(token) is not int or not 0 <= token < 2**31:  # bool is an int, too
+            raise RowError(f"input_ids[{i}] is {reprlib.repr(token)} (allowed: whole numbers from 0 to 2147483647)")
     labels = list(ids)
     for i, label in enumerate(_as_many(row, "labels", ids)):
         if label not in (NO_LOSS, ids[i]):

@@ -109,8 +109,9 @@ class _Work:
         """Everything that changes tokens, and nothing else."""
         data = self.config.data
         return {
-            "places": [place.name for place in self.places],
-            "contents": [place.fingerprint for place in self.places],
+            "places": [[place.name for place in source.places] for source in self.every_source],
+            "contents": [[place.fingerprint for place in source.places] for source in self.every_source],
+            "held_out": self.held_out is not None,  # the last of them, then
             "format": [[s.config.format, s.config.columns] for s in self.every_source],
             "template": cache.digest_of(self.template.name, self.template.text),
             "tokenizer": _tokenizer_digest(self.tokenizer),

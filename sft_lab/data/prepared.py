@@ -48,9 +48,7 @@ class Prepared:
 
     @functools.cached_property
     def questions(self) -> Dataset:
-        """The held-out rows that ask something: plain text and rows of tokens have a loss and no answer."""
-        asking = [i for i, prompt in enumerate(self.eval["prompt_ids"][:] if len(self.eval) else []) if prompt]
-        return self.eval if len(asking) == len(self.eval) else self.eval.select(asking)
+        return asking(self.eval)
 
     @property
     def turn_end_id(self) -> int:
@@ -92,3 +90,15 @@ class Prepared:
         held_out = folder / "eval.arrow"
         evaluation = Dataset.from_file(str(held_out)) if held_out.is_file() else Dataset.from_list([])
         return cls(train, evaluation, tokenizer, read_json(folder / "facts.json"), folder, order)
+
+
+def asking(rows: Dataset) -> Dataset:
+    """The held-out rows that ask something, each once: plain text and rows of tokens have a loss and no answer, and
+    the parts of a row that was split have the one question of it all.
+    """
+    if not len(rows):
+        return rows
+    chosen = [
+        i for i, (ids, part) in enumerate(zip(rows["prompt_ids"], rows["part"], strict=True)) if ids and part <= 1
+    ]
+    return rows if len(chosen) == len(rows) else rows.select(chosen)

@@ -21,7 +21,7 @@ from sft_lab.data.prepare import prepare
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import PreflightError
 from sft_lab.runs import RunDirectory
-from tests.data.preparing import config_of
+from tests.data.preparing import config_of, written
 
 KEY: cache.Key = {"places": ["a"], "contents": ["1"], "max_length": 8}
 
@@ -243,3 +243,14 @@ def test_a_run_keeps_its_data_when_the_cache_goes(tmp_path: Path, root: Path) ->
     shutil.rmtree(root)
     loaded = Prepared.load(run)
     assert (loaded.train.to_list(), loaded.eval.to_list()) == expected
+
+
+def test_a_file_that_moves_to_the_held_out_side_is_seen(tmp_path: Path) -> None:
+    """The same files in the same order, another border between them: the second was trained on and is no more."""
+    for i in range(1, 4):
+        written(tmp_path / f"{i}.jsonl", [{"prompt": f"q {i} {n}", "completion": f"answer {i} {n}"} for n in range(3)])
+    made = [
+        prepare(config_of(f"data.path={tmp_path}/{train}", f"data.eval_path={tmp_path}/{held_out}"))
+        for train, held_out in (("[12].jsonl", "3.jsonl"), ("1.jsonl", "[23].jsonl"))
+    ]
+    assert [(len(data.train), len(data.eval)) for data in made] == [(6, 3), (3, 6)]

@@ -257,7 +257,7 @@ def test_a_row_of_weight_1_is_a_row(weight: Any) -> None:
         ({"input_ids": None}, "input_ids is null where a list was expected"),
         ({"input_ids": []}, "input_ids is empty"),
         ({"input_ids": "5 6"}, "input_ids is a text that is no JSON"),
-        ({"input_ids": [5, -6]}, "input_ids[1] is -6 (allowed: whole numbers from 0)"),
+        ({"input_ids": [5, -6]}, "input_ids[1] is -6 (allowed: whole numbers from 0 to 2147483647)"),
         ({"input_ids": [True, 6]}, "input_ids[0] is True (allowed: whole"),
         ({"input_ids": [5, 6.0]}, "input_ids[1] is 6.0 (allowed: whole"),
         ({"input_ids": [5, [6]]}, "input_ids[1] is [6] (allowed: whole"),
