@@ -18,6 +18,7 @@ from sft_lab.console import say
 from sft_lab.data.prepare import prepare
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import ConfigError, Interrupted, PreflightError, RunError, SftLabError
+from sft_lab.findings import Report
 from sft_lab.logs import RunLog, run_log
 from sft_lab.runs import RunDirectory, now, read_json, write_json, write_text
 from sft_lab.schema import Config
@@ -95,7 +96,7 @@ def _from_anywhere(path: str) -> str:
     return os.path.abspath(Path(path).expanduser()) if path else ""  # noqa: PTH100  resolve() would follow them
 
 
-def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: preflight.Report) -> None:
+def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: Report) -> None:
     write_json(run.preflight, report.as_dict())
     write_json(run.provenance, provenance.collect(config, data))
     data.save(run)

@@ -4,55 +4,19 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-
-from sft_lab import adapter, evaluate, tracking
+from sft_lab import adapter, findings, tracking
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab import trainer as trainers
 from sft_lab.data.batches import TrainingRows
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import PreflightError
+from sft_lab.findings import Report
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 
 _ADAM_BYTES = 12  # a trained parameter in fp32 and its two AdamW moments
-_LISTED = 100  # ids of rows that show a finding; where rows were left out or changed, all are listed
-_PERCENTILES = (0, 5, 50, 95, 99, 100)
-_NEVER_ALLOWED = ("data.metrics", "trainer.eval_steps", "vocabulary")  # a run would fail of them
-_LITTLE = 0.01  # a share of tokens with loss below which the mask deserves a look
-
-
-@dataclass
-class Report:
-    """Findings, and what preflight.json holds beside them."""
-
-    allowed: list[str] = field(default_factory=list)
-    findings: list[dict[str, Any]] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, name: str, level: str, message: str, rows: list[str] | None = None) -> None:
-        """`level` is error, warning or fact; `rows` are ids of rows that show it. An allowed error is a warning."""
-        if level == "error" and name in self.allowed and name not in _NEVER_ALLOWED:
-            level, message = "warning", f"{message} (allowed by preflight.allow)"
-        self.findings.append({"name": name, "level": level, "message": message, "rows": rows or []})
-
-    @property
-    def errors(self) -> list[str]:
-        return [_told(finding) for finding in self.findings if finding["level"] == "error"]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"ok": not self.errors, "findings": self.findings, **self.numbers}
-
-
-def _told(finding: dict[str, Any]) -> str:
-    rows = finding["rows"]
-    shown = f": {', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''}" if rows else ""
-    hint = "" if finding["name"] in _NEVER_ALLOWED else f" (preflight.allow=[{finding['name']}] lets it through)"
-    return f"{finding['name']} : {finding['message']}{shown}{hint}"
 
 
 def check(config: Config, data: Prepared, run: RunDirectory) -> Report:
@@ -73,12 +37,7 @@ def examine(config: Config, data: Prepared, run: RunDirectory) -> Report:
     if config.tracking.method == "wandb" and config.tracking.mode == "online":
         tracking.require_key()
     report = Report(config.preflight.allow)
-    _rows(config, data, report)
-    _peculiar_rows(config, data, report)
-    _duplicates_and_leaks(config, data, report)
-    _tokens(config, data, report)
-    _template(data, report)
-    _held_out(config, data, report)
+    findings.of_data(config, data, report)
     _model(config, data, report)
     _steps(config, data, report)
     _disk(config, run, report)
@@ -89,169 +48,6 @@ def examine(config: Config, data: Prepared, run: RunDirectory) -> Report:
     return report
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-def _rows(config: Config, data: Prepared, report: Report) -> None:
-    """Which rows were read, kept, left out and why."""
-    facts = data.facts
-    rows = facts["rows"]
-    report.numbers |= {
-        "rows": rows,
-        "eval_rows": len(data.eval),
-        "data_fingerprint": facts["data_fingerprint"],
-    }
-    report.add("rows", "fact", f"{rows['read']} rows read, {rows['kept']} train, {len(data.eval)} are held out")
-    if config.data.streaming:
-        report.add("streaming", "warning", f"only the first {rows['read']} rows were looked at, the others stream by")
-    if len(facts["mixed"]) > 1:
-        shares = ", ".join(f"{name} {count} ({count / rows['kept']:.1%})" for name, count in facts["mixed"].items())
-        report.add("mixture", "fact", shares)
-    for kind, dropped, bad in (
-        ("", facts["dropped_rows"], facts["bad_rows"]),
-        ("eval_", facts["dropped_eval_rows"], facts["bad_eval_rows"]),
-    ):
-        reasons = {(place, number): reason for place, number, reason in bad}
-        for name, names in dropped.items():
-            ids = [_with_reason(data.named(*row), reasons.get((row[0], row[1]))) for row in names]
-            held_out = "held-out " if kind else ""
-            report.add(f"dropped_{kind}{name}", "warning", f"{len(ids)} {held_out}rows left out ({name})", ids)
-    for how, names in facts["shortened_rows"].items():
-        ids = [data.named(*row) for row in names]
-        report.add(how, "warning", f"{len(ids)} rows of more than {config.trainer.max_length} tokens: {how}", ids)
-
-
-def _with_reason(row: str, reason: str | None) -> str:
-    return f"{row}: {reason}" if reason else row
-
-
-_NOTES = {
-    "double_bos": ("error", "rows begin with more than one beginning-of-sequence token"),
-    "no_bos": ("warning", "rows have no beginning-of-sequence token, which the tokenizer puts before text"),
-    "extra_eos": ("error", "rows end a turn with its end token twice"),
-    "untrained_turn_end": ("error", "rows learn words whose end of turn they do not learn"),
-    "special_tokens_in_text": ("warning", "rows have special tokens written out in their text, which become real ones"),
-    "same_role_twice": ("warning", "rows have two turns of one role after another"),
-    "assistant_first": ("warning", "rows begin with the assistant"),
-    "tool_without_call": ("warning", "rows have a tool's answer that no call asked for"),
-    "ends_with_user": ("fact", "rows end with a turn that is not the assistant's"),
-    "empty_answer": ("warning", "rows have an empty answer"),
-    "thought_left_out": ("warning", "rows have a thought (reasoning_content) that the chat template leaves out"),
-    "prompt_tokens_differ": ("warning", "rows have a prompt that is cut into other tokens than it is when alone"),
-    "text": ("fact", "rows are plain text, all of it learned"),
-}
-
-
-def _peculiar_rows(config: Config, data: Prepared, report: Report) -> None:
-    """What was noticed of single rows while they were made into tokens."""
-    import pyarrow.compute as pc
-
-    notes = data.train.data.column("notes")
-    if data.order is not None:
-        notes = notes.take(data.order)
-    seen = {note for text in pc.unique(notes).to_pylist() for note in text.split()}
-    for name in sorted(seen & _NOTES.keys()):
-        level, message = _NOTES[name]
-        which = pc.indices_nonzero(pc.match_substring_regex(notes, rf"\b{name}\b")).to_pylist()
-        ids = [data.row_id(data.train[i]) for i in which[:_LISTED]]
-        report.add(name, level, f"{len(which)} {message}", ids)
-    silent = np.flatnonzero(data.column("supervised") == 0)
-    if len(silent):
-        ids = [data.row_id(data.train[int(i)]) for i in silent[:_LISTED]]
-        report.add("no_supervised_token", "error", f"{len(silent)} rows carry no loss", ids)
-
-
-def _duplicates_and_leaks(config: Config, data: Prepared, report: Report) -> None:
-    for kind, pairs in data.facts["duplicates"].items():
-        if pairs:
-            alike = {"exact": "repeat another, capitals and white space aside", "near": "nearly repeat another"}[kind]
-            gone = config.data.deduplicate in (kind, "near")
-            what = "left out" if gone else f"kept, data.deduplicate={kind} leaves them out"
-            ids = [f"{data.named(*row)} repeats {data.named(*other)}" for row, other in pairs[:_LISTED]]
-            report.add(f"duplicates_{kind}", "warning", f"{len(pairs)} rows {alike} ({what})", ids)
-    distinct, rows = data.facts["distinct_answers"], len(np.unique(data.column("digest")))
-    if distinct < rows:
-        report.add("answers", "fact", f"{rows} different rows have {distinct} different answers")
-    leaks = data.facts["leaks"]
-    if not leaks:
-        return
-    held_out = {leak[2] for leak in leaks}
-    exact = sum(leak[3] == "exact" for leak in leaks)
-    message = (
-        f"{len(held_out)} of {len(data.eval)} held-out rows stand among the training rows ({exact} pairs alike, "
-        f"{len(leaks) - exact} nearly)"
-    )
-    dropped = config.data.on_leak == "drop"
-    hint = "; the training rows were left out" if dropped else "; data.on_leak=drop leaves the training rows out"
-    ids = [f"{data.named(p, n)} gives away {data.row_id(data.eval[i])} ({kind})" for p, n, i, kind in leaks[:_LISTED]]
-    report.add("leak", "warning" if dropped else "error", message + hint, ids)
-
-
-# ------------------------------------------------------------------------------------------------- tokens, template
-
-
-def _tokens(config: Config, data: Prepared, report: Report) -> None:
-    tokens, lengths = data.facts["tokens"], data.column("length")
-    total, supervised = tokens["total"], tokens["supervised"]
-    spread = {f"p{p}": int(np.percentile(lengths, p, method="nearest")) for p in _PERCENTILES}
-    report.numbers["tokens"] = {"total": total, "supervised": supervised, "lengths": spread}
-    report.add("tokens", "fact", f"{total} tokens, {supervised / total:.1%} of them carry loss")
-    told = f"{spread['p0']} to {spread['p100']} tokens, median {spread['p50']}, 95 % up to {spread['p95']}"
-    report.add("lengths", "fact", f"rows of {told}")
-    if supervised / total < _LITTLE:
-        report.add("little_supervision", "warning", f"only {supervised / total:.2%} of the tokens carry loss")
-
-
-def _template(data: Prepared, report: Report) -> None:
-    used, tokenizer = data.template, data.tokenizer
-    report.add("chat_template", "fact", f"{used.name}; a turn ends with {used.turn_end.token}")
-    if used.added_tokens:
-        tokens = ", ".join(used.added_tokens)
-        report.add("added_tokens", "fact", f"the tokenizer lacked {tokens}: added, and their embeddings are trained")
-    if tokenizer.pad_token_id in (used.turn_end.id, tokenizer.eos_token_id):
-        report.add("pad_ends_turns", "error", f"{tokenizer.pad_token} pads rows and ends turns or texts")
-    counts = _special_counts(data)
-    report.numbers["special_tokens"] = counts
-    told = ", ".join(f"{name} {token} {least} to {most}" for name, (token, least, most) in counts.items())
-    if told:
-        report.add("special_tokens", "fact", f"in a row: {told}")
-
-
-def _special_counts(data: Prepared) -> dict[str, tuple[str, int, int]]:
-    """Of BOS, EOS and the end of turn: the token, and how often it stands in a row, least and most."""
-    used, tokenizer = data.template, data.tokenizer
-    wanted = {
-        "bos": (tokenizer.bos_token, tokenizer.bos_token_id),
-        "eos": (tokenizer.eos_token, tokenizer.eos_token_id),
-        "turn_end": (used.turn_end.token, used.turn_end.id),
-    }
-    found = {}
-    for name, (token, id_) in wanted.items():
-        if id_ is not None:
-            counts = _count_per_row(data, id_)
-            found[name] = (str(token), int(counts.min()), int(counts.max()))
-    return found
-
-
-def _count_per_row(data: Prepared, id_: int) -> np.ndarray:
-    """How often a token stands in each training row."""
-    counts = []
-    for chunk in data.train.data.column("input_ids").chunks:
-        offsets = chunk.offsets.to_numpy()
-        hits = np.concatenate([[0], np.cumsum(chunk.values.to_numpy() == id_)])
-        counts.append(hits[offsets[1:]] - hits[offsets[:-1]])
-    every = np.concatenate(counts)
-    return every if data.order is None else every[data.order]
-
-
-def _held_out(config: Config, data: Prepared, report: Report) -> None:
-    unknown = [name for name in config.data.metrics if name not in evaluate.METRICS]
-    if unknown:
-        report.add("data.metrics", "error", f"no such metric: {unknown} (allowed: {', '.join(evaluate.METRICS)})")
-    if config.trainer.eval_steps and not len(data.eval):
-        report.add("trainer.eval_steps", "error", f"{config.trainer.eval_steps} given, and there are no held-out rows")
-
-
 def _unknown_names(config: Config, report: Report) -> None:
     """A name in preflight.allow that no finding has, mistyped or no longer needed."""
     names = {finding["name"] for finding in report.findings}
@@ -260,17 +56,13 @@ def _unknown_names(config: Config, report: Report) -> None:
             report.add("preflight.allow", "warning", f"{name} is no finding of this run")
 
 
-# ------------------------------------------------------------------------------------------------------ model, costs
-
-
 def _model(config: Config, data: Prepared, report: Report) -> None:
     import pyarrow.compute as pc
 
     total, trainable, vocabulary = _count_parameters(config, data)
     report.numbers["parameters"] = {"total": total, "trainable": trainable}
     report.add("parameters", "fact", f"{trainable} of {total} parameters are trained ({trainable / total:.2%})")
-    attention = trainers.attention_of(config)
-    report.add("attention", "fact", attention)
+    report.add("attention", "fact", trainers.attention_of(config))
     tables = [data.train.data, data.eval.data] if len(data.eval) else [data.train.data]
     highest = max(pc.max(chunk.values).as_py() for table in tables for chunk in table.column("input_ids").chunks)
     if highest >= vocabulary:

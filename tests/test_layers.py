@@ -29,7 +29,7 @@ LAYERS: dict[str, int] = {
         ],
         3,
     ),
-    **dict.fromkeys(["answering", "launch", "preflight", "provenance", "train"], 4),
+    **dict.fromkeys(["answering", "findings", "launch", "preflight", "provenance", "train"], 4),
     "commands": 5,
     "__main__": 6,
 }

@@ -57,7 +57,8 @@ def _why_missed(key: Key, root: Path) -> str:
     if not same:
         return "this data was not prepared before"
     differences = [[name for name in key.keys() | other.keys() if key.get(name) != other.get(name)] for other in same]
-    return f"changed: {', '.join(sorted(min(differences, key=lambda names: len(list(names)))))}"
+    fewest = min(differences, key=len)
+    return f"changed: {', '.join(sorted(fewest))}"
 
 
 def digest_of(*texts: str) -> str:

@@ -5,6 +5,7 @@ Rows stream through in chunks, in this process or in several, so that memory doe
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -220,6 +221,13 @@ def _answer(example: Example, text: str) -> str:
     return " ".join(message["content"] for message in example.messages if message["role"] == "assistant")
 
 
+@contextlib.contextmanager
+def arrow_file(path: Path, schema: pa.Schema) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A file that `datasets` maps into memory; gives what appends rows to it."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        yield lambda rows: writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+
 def write(
     rows: Iterable[RawRow], converter: Converter, path: Path, size_bytes: int, stop: Callable[[Account], bool]
 ) -> Account:
@@ -227,11 +235,11 @@ def write(
     account = Account()
     iterator = iter(rows)
     chunks = iter(lambda: list(itertools.islice(iterator, _CHUNK)), [])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, converter.schema) as writer:
+    with arrow_file(path, converter.schema) as append:
         for converted, part in _converted(chunks, converter, _processes(converter.data.num_proc, size_bytes)):
             account.add(part)
             if converted:
-                writer.write_batch(pa.RecordBatch.from_pylist(converted, schema=converter.schema))
+                append(converted)
             if stop(account):
                 account.stopped = True
                 break

@@ -106,11 +106,6 @@ def fingerprint(paths: Sequence[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def size_bytes(paths: Sequence[Path]) -> int:
-    """What the files take on disk, in bytes."""
-    return sum(path.stat().st_size for path in paths)
-
-
 # ---------------------------------------------------------------------------------------------------------- places
 
 

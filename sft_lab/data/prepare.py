@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,10 +44,8 @@ def prepare(config: Config) -> Prepared:
     """
     tokenizer = models.load_tokenizer(config.model)
     used = template.apply(tokenizer, config.chat_template.name, config.chat_template.path)
-    training = sources.training(config.data)
-    held_out = sources.held_out(config.data, sum(len(source.places) for source in training))
-    _check_columns(training)
-    work = _Work(config, tokenizer, used, training, held_out)
+    work = _Work.of(config, tokenizer, used)
+    _check_columns(work.training)
     entry, message = cache.get(work.key(), work.build)
     prepared = Prepared.of(entry, tokenizer)
     prepared.facts["cache"] = message
@@ -72,10 +70,8 @@ def evaluation_rows(config: Config, tokenizer: Any, used: Template) -> Dataset:
     Raises:
         PreflightError: rows that cannot be used, each with file, row and reason, or none left.
     """
-    training = sources.training(config.data)
-    held_out = sources.held_out(config.data, sum(len(source.places) for source in training))
-    work = _Work(config, tokenizer, used, training, held_out)
-    converted, account = work.convert_held_out(or_all=True)
+    work = _Work.of(config, tokenizer, used)
+    converted, account = work.convert_held_out(work.held_out_masks(), or_all=True)
     work.raise_problems(account)
     if not converted:
         raise PreflightError(f"data.path={config.data.path}: no row is left to evaluate on ({account.counted})")
@@ -91,6 +87,12 @@ class _Work:
     template: Template
     training: list[Source]
     held_out: Source | None
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Any, used: Template) -> _Work:
+        training = sources.training(config.data)
+        held_out = sources.held_out(config.data, sum(len(source.places) for source in training))
+        return cls(config, tokenizer, used, training, held_out)
 
     @property
     def every_source(self) -> list[Source]:
@@ -131,14 +133,14 @@ class _Work:
     # ----------------------------------------------------------------------------------------------------- build
 
     def build(self, folder: Path) -> None:
-        mask = self._held_out_mask()
-        held_out, account = self.convert_held_out(mask)
+        masks = self.held_out_masks()
+        held_out, account = self.convert_held_out(masks)
         leaks = duplicates.Leaks([row["text"] for row in held_out]) if held_out else None
         accounts = [
             convert.write(
                 rows, self._converter(source, leaks), folder / f"train-{i}.arrow", _size([source]), self._hopeless
             )
-            for i, (source, rows) in enumerate(self._training_rows(mask))
+            for i, (source, rows) in enumerate(self._training_rows(masks))
         ]
         total = Account()
         for other in accounts:
@@ -151,7 +153,9 @@ class _Work:
         if not (len(order) if order is not None else sum(map(len, parts))):
             raise PreflightError(f"data.path={self.config.data.path}: no row is left to train on ({total.counted})")
         if held_out:
-            _write_held_out(held_out, self._converter(self.held_out or self.training[0]), folder / "eval.arrow")
+            converter = self._converter(self.held_out or self.training[0], held_out=True)
+            with convert.arrow_file(folder / "eval.arrow", converter.schema) as append:
+                append(held_out)
         write_json(folder / "facts.json", facts | self._facts(account, total))
 
     def _facts(self, held_out: Account, total: Account) -> dict[str, Any]:
@@ -181,8 +185,8 @@ class _Work:
             signatures=self.config.data.deduplicate == "near" or _size(self.training) <= _COMPARED_BYTES,
         )
 
-    def _held_out_mask(self) -> np.ndarray | None:
-        """Which of the training sources' rows, counted over all of them, are held out.
+    def held_out_masks(self) -> list[np.ndarray] | None:
+        """Of each training source which rows are held out; None where the config holds none out of them.
 
         Raises:
             PreflightError: none would be left to train on.
@@ -190,7 +194,8 @@ class _Work:
         data = self.config.data
         if not _holds_out(data):
             return None
-        total = sum(source.count() for source in self.training)
+        counts = [source.count() for source in self.training]
+        total = sum(counts)
         count = data.eval_rows if data.eval_rows > 0 else round(data.eval_fraction * total)
         if count >= total:
             given = f"eval_rows={count}" if data.eval_rows > 0 else f"eval_fraction={data.eval_fraction:g}"
@@ -200,36 +205,34 @@ class _Work:
             )
         mask = np.zeros(total, dtype=bool)
         mask[np.random.default_rng(data.seed).permutation(total)[:count]] = True
-        return mask
+        return np.split(mask, np.cumsum(counts)[:-1])
 
-    def _training_rows(self, mask: np.ndarray | None) -> Iterator[tuple[Source, Iterator[RawRow]]]:
+    def _training_rows(self, masks: list[np.ndarray] | None) -> Iterator[tuple[Source, Iterator[RawRow]]]:
         """Each source with its rows, held-out ones left out, no more than data.train_rows over all of them."""
         data = self.config.data
         left = data.train_rows if data.train_rows >= 0 and data.mix == "concatenate" else None
         left = _STREAM_SAMPLE if data.streaming else left
         budget = iter(range(left)) if left is not None else itertools.count()
-        start = 0
-        for source in self.training:
-            rows: Iterator[RawRow] = iter(source)
-            if mask is not None:
-                rows = itertools.compress(rows, ~mask[start:])
-                start += source.count() if len(self.training) > 1 else 0
+        for source, mask in zip(self.training, masks or itertools.repeat(None)):  # noqa: B905  as many as there are
+            rows = iter(source) if mask is None else itertools.compress(source, ~mask)
             yield source, (row for row, _ in zip(rows, budget, strict=False))
 
+    def _held_out_rows(self, masks: list[np.ndarray] | None, or_all: bool) -> Iterator[tuple[Source, Iterable[RawRow]]]:
+        if self.held_out is not None:
+            yield self.held_out, self.held_out
+        elif masks is not None:
+            for source, mask in zip(self.training, masks, strict=True):
+                yield source, itertools.compress(source, mask)
+        elif or_all:
+            yield from ((source, source) for source in self.training)
+
     def convert_held_out(
-        self, mask: np.ndarray | None = None, or_all: bool = False
+        self, masks: list[np.ndarray] | None, or_all: bool = False
     ) -> tuple[list[dict[str, Any]], Account]:
         """Held-out rows, all in memory; with `or_all` every row where none is held out."""
-        if or_all:
-            mask = self._held_out_mask()
         rows: list[dict[str, Any]] = []
         account = Account()
-        start = 0
-        for source in [self.held_out] if self.held_out else self.training if or_all or mask is not None else []:
-            chosen: Iterator[RawRow] = iter(source)
-            if mask is not None:
-                chosen = itertools.compress(chosen, mask[start:])
-                start += source.count() if len(self.training) > 1 else 0
+        for source, chosen in self._held_out_rows(masks, or_all):
             converted, part = self._converter(source, held_out=True).convert(chosen)
             rows += converted
             account.add(part)
@@ -287,11 +290,3 @@ def _code_digest() -> str:
     return cache.digest_of(
         *(file.read_text(encoding="utf-8") for file in own), *(version(name) for name in ("transformers", "tokenizers"))
     )
-
-
-def _write_held_out(rows: list[dict[str, Any]], converter: Converter, path: Path) -> None:
-    import pyarrow as pa
-
-    schema = dataclasses.replace(converter, held_out=True).schema
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))

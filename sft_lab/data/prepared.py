@@ -38,7 +38,10 @@ class Prepared:
 
     def column(self, name: str) -> np.ndarray:
         """A number of each training row."""
-        values = self.train.data.column(name).to_numpy()
+        return self.in_order(self.train.data.column(name).to_numpy())
+
+    def in_order(self, values: np.ndarray) -> np.ndarray:
+        """Of a value for each row of the files, those of the rows that train."""
         return values if self.order is None else values[self.order]
 
     @property

@@ -159,9 +159,3 @@ def _requests(data: DataConfig, held_out: bool) -> Place:
         digest,
         lambda: ((number, row, None) for number, row in enumerate(rows, start=1)),
     )
-
-
-def local_files(data: DataConfig) -> list[Path]:
-    """Every local file that the config's rows are read from."""
-    paths = [data.path] if data.source == "file" else [s.path for s in data.sources.values() if s.source == "file"]
-    return [file for path in [*paths, data.eval_path] if path for file in files.files_of(path)]

@@ -27,14 +27,13 @@ _WINDOW = 1000  # rows that are read, converted and packed together
 
 def training_rows(config: Config, data: Prepared) -> IterableDataset:
     """Rows, or packed rows, in an order that the seed decides, drawn from a buffer of data.shuffle_buffer."""
-    (source,) = sources.training(config.data)
     converter = Converter(
         config.data,
         config.trainer.max_length,
         data.tokenizer,
         data.template,
-        source.config.format,
-        source.config.columns,
+        config.data.format,
+        config.data.columns,
         leaks=duplicates.Leaks(data.eval["text"][:]) if len(data.eval) else None,
     )
     rows = IterableDataset.from_generator(_rows, gen_kwargs={"config": config, "converter": converter})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import json
 import os
 import re
+import tempfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sft_lab.data.files import KINDS, files_of, fingerprint, read_file, size_bytes
+from sft_lab.data.files import KINDS, files_of, fingerprint, read_file
 from sft_lab.errors import PreflightError
 
 
@@ -434,23 +436,38 @@ def test_columns_of_one_name_are_refused(ending: str, tmp_path: Path) -> None:
         read(path)
 
 
-def lock(path: Path) -> None:
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("root may read everything")
+@contextlib.contextmanager
+def as_anyone() -> Iterator[None]:
+    """With the rights of a user who is not root, whom no permission keeps out."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can look into, as root's own temporary ones are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.mark.parametrize("ending", KINDS.split(", "))
 @pytest.mark.parametrize("what", ["none", "folder", "locked"])
-def test_what_cannot_be_opened_is_told_alike_for_all_kinds(what: str, ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"a{ending}"
+def test_what_cannot_be_opened_is_told_alike_for_all_kinds(what: str, ending: str, open_folder: Path) -> None:
+    path = open_folder / f"a{ending}"
     if what == "folder":
         path.mkdir()
     elif what == "locked":
         path.write_bytes(b"x")
-        lock(path)
+        path.chmod(0)
     says = {"none": "No such file or directory", "folder": "Is a directory", "locked": "Permission denied"}[what]
-    with pytest.raises(PreflightError, match=re.escape(f"{path}: cannot be read ({says})")):
+    with as_anyone(), pytest.raises(PreflightError, match=re.escape(f"{path}: cannot be read ({says})")):
         read(path)
 
 
@@ -614,11 +631,14 @@ def test_a_path_that_means_no_file_is_refused(path: str, says: str, tmp_path: Pa
     assert len(refused.value.problems) == 1
 
 
-def test_a_directory_that_may_not_be_listed_is_told(tmp_path: Path) -> None:
-    fill(tmp_path, "locked/a.jsonl")
-    lock(tmp_path / "locked")
-    with pytest.raises(PreflightError, match=re.escape(f"{tmp_path / 'locked'}: cannot be read (Permission denied)")):
-        files_of(str(tmp_path))
+def test_a_directory_that_may_not_be_listed_is_told(open_folder: Path) -> None:
+    fill(open_folder, "locked/a.jsonl")
+    locked = open_folder / "locked"
+    locked.chmod(0)
+    says = re.escape(f"{locked}: cannot be read (Permission denied)")
+    with as_anyone(), pytest.raises(PreflightError, match=says):
+        files_of(str(open_folder))
+    locked.chmod(0o755)  # so that it can be removed
 
 
 # -------------------------------------------------------------------------------------------------- fingerprints
@@ -632,6 +652,5 @@ def test_the_fingerprint_is_of_the_bytes_the_order_and_where_files_end(tmp_path:
     ab, a, b, again = (tmp_path / name for name in contents)
     assert fingerprint([ab]) == hashlib.sha256(b"ab").hexdigest() == fingerprint([again])
     assert len({fingerprint(paths) for paths in ([ab], [a, b], [b, a], [a], [])}) == 5
-    assert (size_bytes([ab, a, b]), size_bytes([])) == (4, 0)
     with pytest.raises(PreflightError, match=re.escape(f"{tmp_path / 'none'}: cannot be read (No such file")):
         fingerprint([tmp_path / "none"])

@@ -111,18 +111,6 @@ def test_a_stream_is_not_read_to_know_it(tmp_path: Path) -> None:
     assert sources.training(DataConfig(path=str(path), streaming=True))[0].places[0].fingerprint != place.fingerprint
 
 
-def test_local_files_are_all_that_is_read(tmp_path: Path) -> None:
-    train, held_out = (write(tmp_path / f"{name}.jsonl", 1) for name in ("train", "eval"))
-    shards = [write(tmp_path / "shards" / f"{name}.jsonl", 1) for name in "ab"]
-    hub = SourceConfig(source="hub", path="org/name")
-    mixed = {"a": SourceConfig(path=str(tmp_path / "shards")), "b": SourceConfig(path=str(train)), "c": hub}
-    data = DataConfig(source="mixture", path="", sources=mixed, eval_path=str(held_out))
-    assert sources.local_files(data) == [*shards, train, held_out]
-    assert sources.local_files(DataConfig(path=str(train))) == [train]
-    assert sources.local_files(DataConfig(source="hub", path="org/name")) == []
-    assert sources.local_files(DataConfig(source="requests", path="")) == []
-
-
 # ------------------------------------------------------------------------------------------------------------ the hub
 
 
