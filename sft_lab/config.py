@@ -100,7 +100,7 @@ def help_text() -> str:
         lines += [f"    {option:<{width}}  {comment}" for option, comment in options.items()]
     lines += [
         "",
-        "Keys: `--cfg job` prints every one with the value it will have; --hydra-help lists Hydra's own flags.",
+        "Keys: `--cfg job --resolve` prints each with the value it will have; --hydra-help lists Hydra's own flags.",
     ]
     return "\n".join(lines) + "\n"
 
