@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import glob
 import json
 import math
@@ -28,6 +29,7 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a t
 # ------------------------------------------------------------------------------------------------- keys and types
 
 
+@functools.cache
 def _fields(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 

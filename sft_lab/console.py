@@ -43,6 +43,16 @@ def show_findings(findings: Sequence[dict[str, Any]], ids: int) -> None:
             say(f"{'':<{width + 10}}and {len(finding['rows']) - ids} more")
 
 
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; a cell that is too wide is folded, so that nothing is lost."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
 def say(text: str) -> None:
     console.print(text, markup=False)
 

@@ -2,9 +2,11 @@
 
 SftLabError                1
 ├── ConfigError            2   the config is at fault: keys, values, contradictions
+│   └── InUse              2   another process works on that run or sweep
 ├── PreflightError         2   the data or the machine cannot give what the config asks for
 ├── RunError               1   a run failed
-└── Interrupted      130/143   Ctrl-C or SIGTERM; `resume` goes on from the last checkpoint
+├── Interrupted      130/143   Ctrl-C or SIGTERM; `resume` goes on from the last checkpoint
+└── Pruned                     a sweep's search gave the trial up; no failure, and `resume` would go on with it
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ class ConfigError(_ProblemList):
     """One or more problems of the config, each naming the key as typed, what was given and what is allowed."""
 
 
+class InUse(ConfigError):
+    """Another process works on the run or sweep that was asked for."""
+
+
 class PreflightError(_ProblemList):
     """One or more problems of the input found before training, each naming the file and row."""
 
@@ -45,3 +51,19 @@ class Interrupted(SftLabError):
     def __init__(self, signum: int):
         self.exit_code = 128 + signum
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
+
+
+class Pruned(SftLabError):
+    """A trial that a search stopped after `step`, because others had got further by then."""
+
+    def __init__(self, step: int, reason: str):
+        self.step = step
+        super().__init__(f"given up at step {step}: {reason}")
+
+
+class Leave(SystemExit):
+    """Carries an error out through Hydra, which would print a traceback for an Exception."""
+
+    def __init__(self, error: SftLabError):
+        self.error = error
+        super().__init__(error.exit_code)

@@ -6,8 +6,9 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,7 +18,7 @@ from sft_lab.callbacks import Stop
 from sft_lab.console import say
 from sft_lab.data.prepare import prepare
 from sft_lab.data.prepared import Prepared
-from sft_lab.errors import ConfigError, Interrupted, PreflightError, RunError, SftLabError
+from sft_lab.errors import ConfigError, Interrupted, PreflightError, Pruned, RunError, SftLabError
 from sft_lab.findings import Report
 from sft_lab.logs import RunLog, run_log
 from sft_lab.runs import RunDirectory, now, read_json, write_json, write_text
@@ -26,8 +27,18 @@ from sft_lab.schema import Config
 log = logging.getLogger("sft_lab")
 
 
-def start(config: Config, run: RunDirectory, overrides: list[str]) -> None:
+def start(
+    config: Config,
+    run: RunDirectory,
+    overrides: list[str],
+    callbacks: Sequence[Any] = (),
+    checked: tuple[Prepared, Report] | None = None,
+) -> None:
     """A new run in `run`, which is written to once every check has passed.
+
+    Args:
+        callbacks: of the Trainer, besides our own.
+        checked: the run's data and its preflight, where they are made already.
 
     Raises:
         SftLabError: with an exit code of 2 the directory is as it was; otherwise status.json tells what happened.
@@ -36,8 +47,7 @@ def start(config: Config, run: RunDirectory, overrides: list[str]) -> None:
     with stop.listening(), run_log() as messages:
         try:
             run.require_free()
-            data = prepare(config)
-            report = preflight.check(config, data, run)
+            data, report = checked or _checked(config, run)
         except (ConfigError, PreflightError, Interrupted):
             raise
         except Exception as error:
@@ -50,10 +60,10 @@ def start(config: Config, run: RunDirectory, overrides: list[str]) -> None:
         _freeze(config, run, overrides)
         with _recorded(run, messages):
             _write_prepared(config, run, data, report)
-            _train(run, stop)
+            _train(run, stop, callbacks)
 
 
-def resume(run: RunDirectory) -> None:
+def resume(run: RunDirectory, callbacks: Sequence[Any] = ()) -> None:
     """Go on with a run from its newest whole checkpoint."""
     run.lock()
     if run.status.exists() and read_json(run.status)["state"] == "completed":
@@ -62,23 +72,28 @@ def resume(run: RunDirectory) -> None:
     stop = Stop()
     with stop.listening(), run_log() as messages:
         config = configs.load(run.config)
-        run.set_status("running", ended_at=None)
+        run.set_status("running", ended_at=None, pruned_at_step=None)
         with _recorded(run, messages):
             if not run.data.is_dir():  # it ended before its data was written
-                data = prepare(config)
-                _write_prepared(config, run, data, preflight.check(config, data, run))
-            _train(run, stop)
+                data, report = _checked(config, run)
+                _write_prepared(config, run, data, report)
+            _train(run, stop, callbacks)
+
+
+def _checked(config: Config, run: RunDirectory) -> tuple[Prepared, Report]:
+    data = prepare(config)
+    return data, preflight.check(config, data, run)
 
 
 def _freeze(config: Config, run: RunDirectory, overrides: list[str]) -> None:
     """Claim the directory and write down what was asked for, complete enough to run it again."""
     run.claim()
     write_text(run.overrides, yaml.safe_dump(overrides, allow_unicode=True))
-    write_text(run.config, configs.to_yaml(_absolute(config)))
+    write_text(run.config, configs.to_yaml(absolute(config)))
     run.set_status("running", started_at=now())
 
 
-def _absolute(config: Config) -> Config:
+def absolute(config: Config) -> Config:
     """The config with its local paths as they are from any directory."""
     config = copy.deepcopy(config)
     if Path(config.model.path).is_dir():
@@ -102,10 +117,10 @@ def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: R
     data.save(run)
 
 
-def _train(run: RunDirectory, stop: Stop) -> None:
+def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
     """Train from the run directory alone."""
     config = configs.load(run.config)
-    train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop)
+    train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
 
 
 @contextlib.contextmanager
@@ -117,6 +132,10 @@ def _recorded(run: RunDirectory, messages: RunLog) -> Iterator[None]:
     except BaseException as error:
         if read_json(run.status)["state"] == "completed":
             raise
+        if isinstance(error, Pruned):
+            run.set_status("interrupted", error=str(error), step=error.step, pruned_at_step=error.step)
+            say(str(error))
+            return
         if isinstance(error, (Interrupted, KeyboardInterrupt)):
             run.set_status("interrupted", error=str(error))
             say(f"interrupted; `python -m sft_lab resume {run.path}` goes on")

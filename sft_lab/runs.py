@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from sft_lab.errors import ConfigError, RunError
+from sft_lab.errors import ConfigError, InUse, RunError
 
 RUN_ID = secrets.token_hex(2)  # of this process; keeps two runs started in one second apart
 
@@ -117,14 +117,14 @@ class RunDirectory:
         """Hold the run for this process until it ends, however it ends.
 
         Raises:
-            ConfigError: another process holds it.
+            InUse: another process holds it.
         """
         file = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115  held until the process ends
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ConfigError(f"{self.path}: this run is in use by another process") from None
+            raise InUse(f"{self.path}: this run is in use by another process") from None
         self._lock = file
 
     def unlock(self) -> None:

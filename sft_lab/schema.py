@@ -163,7 +163,7 @@ class DistributedConfig:
 
 @dataclass
 class TrackingConfig:
-    method: str = _choice("wandb", "none", "wandb")
+    method: str = _choice("wandb", "none", "wandb", "tensorboard", "trackio", "mlflow")
     project: str = "sft_lab"
     entity: str = ""
     group: str = ""  # a sweep's trials share its name when this is empty
@@ -173,6 +173,7 @@ class TrackingConfig:
     notes: str = ""
     mode: str = _choice("auto", "auto", "online", "offline")
     log_adapter: bool = True
+    log_data: bool = True  # the data set as a reference artifact that the run uses
     init_timeout_s: int = _at_least(1, 10)
     finish_timeout_s: int = _at_least(1, 30)
 
@@ -194,6 +195,12 @@ class PreflightConfig:
 @dataclass
 class SweepConfig:
     name: str = MISSING
+    objective: str = "eval_loss"  # any metric of an evaluation: eval_loss or one of data.metrics
+    direction: str = _choice("auto", "auto", "minimize", "maximize")
+    on_bad_trial: str = _choice("error", "error", "skip")
+    isolate: bool = False
+    dry_run: bool = False
+    link_best_to: str = ""  # a collection of a W&B registry, such as wandb-registry-model/NAME
 
 
 @dataclass

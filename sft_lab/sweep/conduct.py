@@ -1,0 +1,162 @@
+"""The story of one sweep: plan, tell, run what is left, put side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from sft_lab import checks, shared
+from sft_lab import model as models
+from sft_lab.console import say
+from sft_lab.errors import ConfigError, Interrupted, RunError
+from sft_lab.logs import run_log
+from sft_lab.schema import Config, SweepConfig
+from sft_lab.sweep import plan as plans
+from sft_lab.sweep.ledger import Outcome, SweepDirectory, Trial
+from sft_lab.sweep.plan import Candidate, Plan
+
+log = logging.getLogger("sft_lab")
+
+
+class Sweeper(Protocol):
+    """What a sweep needs of Hydra's side."""
+
+    @property
+    def directory(self) -> SweepDirectory: ...
+    @property
+    def settings(self) -> SweepConfig: ...
+    def launch(self, trials: Sequence[Trial], watch: Watch) -> None: ...
+
+
+class Watch:
+    """Tells of each trial as it begins and ends, and keeps what became of it."""
+
+    def __init__(self, trials: dict[str, Trial], total: int):
+        self.outcomes = {name: trial.outcome for name, trial in trials.items()}
+        self._number, self._total = sum(outcome.done for outcome in self.outcomes.values()), total
+
+    def begins(self, trial: Trial) -> None:
+        self._number += 1
+        say(f"trial {self._number}/{self._total}: {trial.label}")
+
+    def ends(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.trial] = outcome
+        if not outcome.done:
+            say(f"trial {outcome.trial} {outcome.state}: {outcome.error}")
+
+
+def grid(candidates: Iterable[Candidate], sweeper: Sweeper) -> None:
+    """All trials, each once; those that are done already count as they are.
+
+    Raises:
+        ConfigError: a trial cannot run, or another process works on the sweep; nothing was started.
+        RunError: some trials failed; the others are done.
+        Interrupted: a signal ended it; the same command goes on.
+    """
+    sweep, settings = sweeper.directory, sweeper.settings
+    with sweep.held():
+        plan = drawn_up(candidates, sweeper)
+        if settings.dry_run:
+            return
+        begin(sweep, settings, plan.left_out, sampler="")
+        sweep.freeze(plan.to_run)
+        trials = {trial.id: trial for trial in plan.trials}
+        watch = Watch(trials, len(trials))
+        with under_way():
+            sweeper.launch(in_order(plan.to_run), watch)
+        finish(trials, watch.outcomes, sweeper)
+
+
+def drawn_up(candidates: Iterable[Candidate], sweeper: Sweeper, told: Callable[[Plan], str] | None = None) -> Plan:
+    """The plan of a sweep, told at the terminal: as a table, or by the sentence that `told` gives."""
+    sweep, settings = sweeper.directory, sweeper.settings
+    with run_log():
+        plan = plans.draw_up(candidates, sweep, settings.on_bad_trial)
+        require_objective(settings, [trial.config for trial in plan.trials])
+        if told is None:
+            plans.tell(plan, sweep)
+        else:
+            plans.tell_left_out(plan)
+            say(told(plan))
+    return plan
+
+
+def require_objective(settings: SweepConfig, configs: Sequence[Config]) -> None:
+    """
+    Raises:
+        ConfigError: what is to rank the trials is measured in none of them.
+    """
+    measured = {"eval_loss"}.union(*(config.data.metrics for config in configs if config.evaluation.rows))
+    if settings.objective == "train_loss":
+        raise ConfigError(
+            "sweep.objective=train_loss : falls the more, the more is learned by heart "
+            f"(allowed: {', '.join(sorted(measured))})"
+        )
+    if settings.objective not in measured:
+        raise ConfigError(
+            checks.not_among(f"sweep.objective={settings.objective}", "is not measured", settings.objective, measured)
+        )
+
+
+def direction(settings: SweepConfig) -> str:
+    if settings.direction != "auto":
+        return settings.direction
+    return "minimize" if settings.objective.endswith("loss") else "maximize"
+
+
+def begin(sweep: SweepDirectory, settings: SweepConfig, left_out: list[dict[str, Any]], sampler: str) -> None:
+    """
+    Raises:
+        ConfigError: the sweep was begun by another sampler, or ranked by something else.
+    """
+    now = {"objective": settings.objective, "direction": direction(settings), "sampler": sampler}
+    before = sweep.read()
+    if sampler and before.get("sampler") and any(before[key] != value for key, value in now.items()):
+        raise ConfigError(
+            f"sweep.name={sweep.name} : was begun with "
+            + ", ".join(f"{key} {before[key]}" for key in now)
+            + " (allowed: the same, or another sweep.name)"
+        )
+    sweep.write(**now, left_out=left_out)
+
+
+def in_order(trials: Sequence[Trial]) -> list[Trial]:
+    """Those of one base model one after another, so that its weights are read once."""
+    keys = [(t.config.model.path, t.config.quant.method, models.resolve_attention(t.config)) for t in trials]
+    first = {key: keys.index(key) for key in keys}
+    return [trial for _, trial in sorted(zip(keys, trials, strict=True), key=lambda pair: first[pair[0]])]
+
+
+@contextlib.contextmanager
+def under_way() -> Iterator[None]:
+    """Trials share what is the same; a signal between two of them ends the sweep as one within them does."""
+
+    def leave(signum: int, frame: Any) -> None:
+        raise Interrupted(signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with shared.sharing():
+            yield
+    except (Interrupted, KeyboardInterrupt):
+        say("sweep interrupted; the same command with this sweep.name goes on with it")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def finish(trials: dict[str, Trial], outcomes: dict[str, Outcome], sweeper: Sweeper) -> None:
+    """Put the trials side by side: table, report, W&B.
+
+    Raises:
+        RunError: some failed.
+    """
+    sweep = sweeper.directory
+    failed = [trial for name, trial in trials.items() if not outcomes[name].done]
+    if failed:
+        raise RunError(
+            f"sweep {sweep.name}: {len(failed)} of {len(trials)} trials failed; the same command tries them again"
+        )

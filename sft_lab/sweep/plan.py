@@ -1,0 +1,209 @@
+"""A sweep before it costs anything: every trial checked, doubled ones merged, the whole cost told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft_lab import config as configs
+from sft_lab import console, preflight
+from sft_lab.data.prepare import prepare
+from sft_lab.data.prepared import Prepared
+from sft_lab.errors import ConfigError, PreflightError, RunError
+from sft_lab.runs import read_json
+from sft_lab.schema import Config
+from sft_lab.sweep import cost
+from sft_lab.sweep.ledger import Outcome, SweepDirectory, Trial
+
+_LISTED = 40  # trials in the table of a plan; the others are counted
+
+
+@dataclass
+class Candidate:
+    """A trial as it was composed: its config, or what is wrong with it."""
+
+    varied: list[str]
+    typed: list[str]
+    config: Config | None
+    problems: list[str]
+
+
+class Preparations:
+    """The data of trials, made once for all that train on the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Prepared] = {}
+
+    def of(self, config: Config) -> Prepared:
+        """Raises what `prepare` raises."""
+        sections = dataclasses.asdict(config)
+        needs = [sections["data"], sections["model"], sections["chat_template"], config.trainer.max_length]
+        key = json.dumps(needs, sort_keys=True)
+        if key not in self._made:
+            self._made[key] = prepare(config)
+        return self._made[key]
+
+
+@dataclass
+class Plan:
+    trials: list[Trial] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)  # {overrides, reason} of trials that cannot run
+    merged: int = 0
+    prepared: Preparations = field(default_factory=Preparations)
+
+    @property
+    def to_run(self) -> list[Trial]:
+        return [trial for trial in self.trials if not trial.outcome.done]
+
+
+def draw_up(candidates: Iterable[Candidate], sweep: SweepDirectory, on_bad_trial: str) -> Plan:
+    """Check every candidate, the finished ones' data too.
+
+    Raises:
+        ConfigError: a trial that cannot run, with on_bad_trial=error; or none that can.
+    """
+    plan, seen = Plan(), set()
+    for candidate in candidates:
+        name = configs.trial_name(candidate.config) if candidate.config else None
+        if name in seen:
+            plan.merged += 1
+            continue
+        trial = checked(candidate, sweep, plan.prepared)
+        if trial is None:
+            plan.left_out.append(left_out(candidate))
+        else:
+            plan.trials.append(trial)
+            seen.add(trial.id)
+    if plan.left_out and (on_bad_trial == "error" or not plan.trials):
+        raise ConfigError(
+            [f"trial {' '.join(bad['overrides'])} : {bad['reason']}" for bad in plan.left_out]
+            + ["no trial was started (sweep.on_bad_trial=skip leaves such ones out)"]
+        )
+    _require_disk(plan, sweep)
+    return plan
+
+
+def left_out(candidate: Candidate) -> dict[str, Any]:
+    return {"overrides": candidate.varied, "reason": "; ".join(candidate.problems)}
+
+
+def checked(candidate: Candidate, sweep: SweepDirectory, prepared: Preparations) -> Trial | None:
+    """The trial with its data and preflight; None where it cannot run, and `candidate.problems` says why."""
+    if candidate.config is None:
+        return None
+    outcome = sweep.outcome(configs.trial_name(candidate.config))
+    trial = Trial(candidate.config, candidate.varied, candidate.typed, outcome)
+    candidate.problems = _problems(trial, sweep, prepared)
+    return None if candidate.problems else trial
+
+
+def _problems(trial: Trial, sweep: SweepDirectory, prepared: Preparations) -> list[str]:
+    """What keeps a trial from running; fills in its data and report where nothing does."""
+    try:
+        data = prepared.of(trial.config)
+        run = sweep.run(trial.id)
+        recorded = read_json(run.preflight)["data_fingerprint"] if run.preflight.is_file() else None
+        if recorded not in (None, data.facts["data_fingerprint"]):
+            return [f"{run.path} holds a run on data that has changed since (allowed: another sweep.name)"]
+        if not trial.outcome.done:
+            trial.data, trial.report = data, preflight.examine(trial.config, data, run)
+            return trial.report.errors
+    except (ConfigError, PreflightError) as error:
+        return error.problems
+    except RunError as error:
+        return [str(error)]
+    return []
+
+
+def _require_disk(plan: Plan, sweep: SweepDirectory) -> None:
+    """
+    Raises:
+        ConfigError: there is no room for what all trials leave behind.
+    """
+    needed, free = _disk_bytes(plan.to_run), _free_bytes(sweep)
+    if needed > free:
+        raise ConfigError(
+            f"sweep.name={sweep.name} : {len(plan.to_run)} trials need {needed / 1e9:.1f} GB, "
+            f"{sweep.path} has {free / 1e9:.1f} GB (allowed: fewer trials, or a larger trainer.save_steps)"
+        )
+
+
+def _disk_bytes(trials: Sequence[Trial]) -> int:
+    return sum(trial.report.numbers["disk_bytes"] for trial in trials if trial.report)
+
+
+def _free_bytes(sweep: SweepDirectory) -> int:
+    place = next(p for p in (sweep.path, *sweep.path.parents) if p.exists())
+    return shutil.disk_usage(place).free
+
+
+# ------------------------------------------------------------------------------------------------------ telling it
+
+
+def tell(plan: Plan, sweep: SweepDirectory) -> None:
+    """The plan as a table, and its cost in a line."""
+    console.show_table(["trial", "what becomes of it", "steps", "about s", "directory"], _rows(plan))
+    if len(plan.trials) > _LISTED:
+        console.say(f"and {len(plan.trials) - _LISTED} trials more")
+    tell_left_out(plan)
+    console.say(summary(plan, sweep))
+
+
+def tell_left_out(plan: Plan) -> None:
+    for bad in plan.left_out:
+        console.say(f"left out: {' '.join(bad['overrides'])}: {bad['reason']}")
+
+
+def _rows(plan: Plan) -> list[list[str]]:
+    rows = []
+    for trial in plan.trials[:_LISTED]:
+        numbers = trial.report.numbers if trial.report else {}
+        seconds = f"{cost.training_s(trial.config, numbers):.0f}" if numbers else ""
+        rows.append([trial.label, _what_becomes(trial.outcome), str(numbers.get("steps", "")), seconds, trial.id])
+    return rows
+
+
+def summary(plan: Plan, sweep: SweepDirectory) -> str:
+    """The whole cost: trials, steps, hours and disk."""
+    left = plan.to_run
+    steps = sum(trial.report.numbers["steps"] - trial.outcome.step for trial in left if trial.report)
+    seconds = sum(
+        cost.training_s(trial.config, trial.report.numbers) * (1 - trial.outcome.step / trial.report.numbers["steps"])
+        for trial in left
+        if trial.report
+    )
+    counts = [f"{len(left)} to train", f"{len(plan.trials) - len(left)} done"]
+    counts += [f"{plan.merged} the same as another"] if plan.merged else []
+    counts += [f"{len(plan.left_out)} left out"] if plan.left_out else []
+    return (
+        f"sweep {sweep.name}: {len(plan.trials)} trials ({', '.join(counts)}); {steps} steps, about "
+        f"{seconds / 3600:.2g} h of training one after another, {_disk_bytes(left) / 1e6:.0f} MB of "
+        f"{_free_bytes(sweep) / 1e9:.0f} GB free; in {sweep.path}"
+    )
+
+
+def cost_of_search(plan: Plan, sweep: SweepDirectory, n_trials: int, left: int) -> str:
+    """The same of trials that are not known yet, as the corners of their space are on average."""
+    reports = [(trial.config, trial.report.numbers) for trial in plan.trials if trial.report]
+    if not reports:
+        return f"search {sweep.name}: {n_trials} trials ({left} to train); in {sweep.path}"
+    share = left / len(reports)
+    steps = sum(numbers["steps"] for _, numbers in reports) * share
+    hours = sum(cost.training_s(config, numbers) for config, numbers in reports) * share / 3600
+    disk = sum(numbers["disk_bytes"] for _, numbers in reports) * share
+    return (
+        f"search {sweep.name}: {n_trials} trials ({left} to train); about {steps:.0f} steps, {hours:.2g} h of training "
+        f"one after another, {disk / 1e6:.0f} MB of {_free_bytes(sweep) / 1e9:.0f} GB free; in {sweep.path}"
+    )
+
+
+def _what_becomes(outcome: Outcome) -> str:
+    if outcome.done:
+        return f"done ({outcome.state})"
+    if outcome.state == "new":
+        return "new"
+    return f"{outcome.state}, goes on" + (f" from step {outcome.step}" if outcome.step else "")

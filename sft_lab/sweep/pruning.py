@@ -1,0 +1,41 @@
+"""The training side of a search: reports each evaluation, and stops a trial that the search has given up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from sft_lab.errors import Pruned
+from sft_lab.sweep import study as studies
+
+
+class Reporter(TrainerCallback):
+    """Reports `objective` at each evaluation during training, and asks whether going on is worth it."""
+
+    def __init__(self, place: dict[str, Any], objective: str):
+        self._trial, self._known = studies.open_trial(place)
+        self._objective, self._pruner = objective, place["pruner"]
+        self._training = False
+        self._pruned: Pruned | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._training = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        step, value = state.global_step, metrics.get(self._objective)
+        if not self._training or value is None or step >= state.max_steps:
+            return
+        if step not in self._known:  # a resumed trial comes by its evaluations again
+            self._trial.report(value, step)
+        if self._trial.should_prune():
+            reason = f"{self._objective} {value:.4f} is behind other trials at this step ({self._pruner} pruner)"
+            self._pruned = Pruned(step, reason)
+            control.should_training_stop = control.should_save = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._training = False
+
+    def raise_if_stopped(self) -> None:
+        if self._pruned is not None:
+            raise self._pruned

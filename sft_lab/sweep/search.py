@@ -1,0 +1,217 @@
+"""Optuna as the sweeper: it says what to try next, and a trial tells it what came of that.
+
+Only Optuna's ask-and-tell interface is used. Its study outlives the process: a trial that was killed or failed is asked
+for again, with its own values, and so goes on in its own directory; `n_trials` is what there shall be in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from hydra.core.override_parser.types import IntervalSweep, Override
+
+from sft_lab.console import say
+from sft_lab.errors import ConfigError
+from sft_lab.logs import run_log
+from sft_lab.runs import read_json
+from sft_lab.sweep import conduct
+from sft_lab.sweep import plan as plans
+from sft_lab.sweep import study as studies
+from sft_lab.sweep.ledger import Outcome, Trial
+from sft_lab.sweep.sweepers import GridSweeper, values_of
+
+if TYPE_CHECKING:
+    import optuna
+
+_RETRY_OF = "retry_of"  # user attribute: the number of the trial that this one takes the place of
+
+
+class OptunaSweeper(GridSweeper):
+    """Trials that a sampler chooses one after another, or `n_jobs` at a time through a launcher."""
+
+    def __init__(
+        self,
+        sampler: str,
+        n_trials: int,
+        n_jobs: int,
+        seed: int,
+        storage: str,
+        pruner: str,
+        warmup_steps: int,
+        params: dict[str, str] | None = None,
+    ):
+        super().__init__(params)
+        self.sampler, self.n_trials, self.n_jobs, self.seed = sampler, n_trials, n_jobs, seed
+        self.storage, self.pruner, self.warmup_steps = storage, pruner, warmup_steps
+
+    def carry_out(self, overrides: Sequence[Override]) -> None:
+        studies.quieten()
+        self.fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+        self.swept = [o for o in overrides if o.is_sweep_override()]
+        values = {o.get_key_element(): _ends(o) or values_of(o) for o in self.swept}
+        self.space = studies.distributions_of(self.swept, values)
+        self._require_sense()
+        sweep = self.directory
+        with sweep.held():
+            plan = conduct.drawn_up(self._corners(values), self, told=self._cost)
+            self._require_evaluations(plan.trials)
+            if self.settings.dry_run:
+                return
+            conduct.begin(sweep, self.settings, plan.left_out, self.sampler)
+            self.prepared = plan.prepared
+            with conduct.under_way():
+                self._search()
+            conduct.finish(self.trials, self.watch.outcomes, self)
+
+    # ------------------------------------------------------------------------------------------------- before it
+
+    def _require_sense(self) -> None:
+        if not self.swept:
+            raise ConfigError(
+                "hydra/sweeper=optuna : nothing varies (allowed: KEY=interval(A,B), KEY=choice(A,B), ...)"
+            )
+        studies.require_known(self.sampler, self.pruner, self.space)
+        for key, value in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
+            if value < 1:
+                raise ConfigError(f"hydra.sweeper.{key}={value} : too small (allowed: 1 and more)")
+        if self.sampler == "grid":
+            self.n_trials = min(self.n_trials, math.prod(len(studies.grid_values(d)) for d in self.space.values()))
+
+    def _require_evaluations(self, trials: Sequence[Trial]) -> None:
+        """
+        Raises:
+            ConfigError: the objective, or what a pruner goes by, is not measured.
+        """
+        if any(not trial.report.numbers["eval_rows"] for trial in trials if trial.report):
+            raise ConfigError(
+                f"sweep.objective={self.settings.objective} : no rows are held out to measure it on (allowed: "
+                "data.eval_rows, data.eval_path)"
+            )
+        if self.pruner == "none":
+            return
+        if self.settings.objective != "eval_loss":
+            raise ConfigError(
+                f"hydra.sweeper.pruner={self.pruner} : only eval_loss is measured during training, not "
+                f"{self.settings.objective} (allowed: pruner=none, or sweep.objective=eval_loss)"
+            )
+        if any(not trial.config.trainer.eval_steps for trial in trials):
+            raise ConfigError(
+                f"hydra.sweeper.pruner={self.pruner} : with trainer.eval_steps=0 nothing is measured during training "
+                "(allowed: trainer.eval_steps=N, or pruner=none)"
+            )
+
+    def _corners(self, values: dict[str, list[str]]) -> Iterator[plans.Candidate]:
+        """Trials with each end of an interval and each choice, beside the first of all others."""
+        first = {key: texts[0] for key, texts in values.items()}
+        for key, texts in values.items():
+            for text in texts if key == next(iter(values)) else texts[1:]:
+                varied = list({**first, key: text}.values())
+                yield self.compose([*self.fixed, *varied], varied)
+
+    def _cost(self, plan: plans.Plan) -> str:
+        done = [t for t in self.directory.read()["trials"] if self.directory.outcome(t).done]
+        return plans.cost_of_search(plan, self.directory, self.n_trials, max(self.n_trials - len(done), 0))
+
+    # --------------------------------------------------------------------------------------------------- the search
+
+    def _search(self) -> None:
+        """Ask and tell until there are `n_trials`."""
+        study = self._open()
+        self.trials = {name: self._remembered(name) for name in self.directory.read()["trials"]}
+        self.watch = conduct.Watch(self.trials, self.n_trials)
+        _ask_again(study)
+        while (left := self.n_trials - _counted(study)) > 0:
+            asked = [self._ask(study) for _ in range(min(left, self.n_jobs))]
+            to_run = {trial.id: trial for _, trial in asked if trial and not trial.outcome.done}
+            self.launch(list(to_run.values()), self.watch)
+            for number, trial in asked:
+                if trial is not None:
+                    self._tell(study, number, self.watch.outcomes.setdefault(trial.id, trial.outcome))
+
+    def _open(self) -> optuna.Study:
+        import optuna
+
+        self.place = self.storage or str(self.directory.study)
+        return optuna.create_study(
+            storage=studies.storage_of(self.place),
+            study_name=self.directory.name,
+            direction=conduct.direction(self.settings),  # type: ignore[arg-type]
+            pruner=studies.pruner_of(self.pruner, self.warmup_steps),
+            load_if_exists=True,
+        )
+
+    def _remembered(self, name: str) -> Trial:
+        """A trial of an earlier session."""
+        config, typed = self.directory.planned(name)
+        return Trial(config, self.directory.read()["trials"][name]["overrides"], typed, self.directory.outcome(name))
+
+    def _ask(self, study: optuna.Study) -> tuple[int, Trial | None]:
+        """The next trial, planned and frozen; None for one that cannot run, which the study is told."""
+        from optuna.trial import TrialState
+
+        study.sampler = studies.sampler_of(self.sampler, self.seed, len(study.trials), self.space)
+        asked = study.ask(self.space)
+        varied = [f"{key}={asked.params[key]}" for key in self.space]
+        candidate = self.compose([*self.fixed, *varied], varied)
+        with run_log():
+            trial = plans.checked(candidate, self.directory, self.prepared)
+        if trial is None:
+            say(f"left out: {' '.join(varied)}: {'; '.join(candidate.problems)}")
+            study.tell(asked, state=TrialState.FAIL)
+            left_out = [*self.directory.read()["left_out"], plans.left_out(candidate)]
+            self.directory.write(left_out=left_out)
+            return asked.number, None
+        self.directory.freeze([trial])
+        self.directory.report_to(
+            trial.id,
+            {
+                "storage": self.place,
+                "study": study.study_name,
+                "number": asked.number,
+                "pruner": self.pruner,
+                "warmup_steps": self.warmup_steps,
+            },
+        )
+        self.trials[trial.id] = trial
+        return asked.number, trial
+
+    def _tell(self, study: optuna.Study, number: int, outcome: Outcome) -> None:
+        from optuna.trial import TrialState
+
+        if outcome.state == "pruned":
+            study.tell(number, state=TrialState.PRUNED)
+            return
+        result = self.directory.run(outcome.trial).result
+        value = read_json(result)["metrics"].get(self.settings.objective) if outcome.done else None
+        if value is None or not math.isfinite(value):
+            study.tell(number, state=TrialState.FAIL)
+        else:
+            study.tell(number, value)
+
+
+def _ends(override: Override) -> list[str]:
+    """Both ends of an interval, as overrides."""
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        return []
+    return [f"{override.get_key_element()}={end}" for end in (value.start, value.end)]
+
+
+def _ask_again(study: optuna.Study) -> None:
+    """Put what was killed or failed in an earlier session first in the queue."""
+    from optuna.trial import TrialState
+
+    replaced = {trial.user_attrs.get(_RETRY_OF) for trial in study.trials}
+    for trial in study.trials:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.number not in replaced:
+            study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
+
+
+def _counted(study: optuna.Study) -> int:
+    """Trials that have ended, each retried one once."""
+    replaced = {trial.user_attrs.get(_RETRY_OF) for trial in study.trials}
+    return sum(trial.state.is_finished() and trial.number not in replaced for trial in study.trials)

@@ -1,0 +1,139 @@
+"""Hydra's side of a sweep: what was typed becomes trials, and trials become runs.
+
+Hydra takes plugins whose names begin with `hydra_plugins` alone; `register` gives ours such names, so that no second
+package has to be installed beside this one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sft_lab import config as configs
+from sft_lab.errors import ConfigError, Leave, SftLabError
+from sft_lab.schema import SweepConfig
+from sft_lab.sweep import conduct, trial
+from sft_lab.sweep.ledger import SweepDirectory, Trial
+from sft_lab.sweep.plan import Candidate
+
+
+def register() -> None:
+    """Make conf/hydra/sweeper/ known to Hydra; may be called again."""
+    from sft_lab.sweep.search import OptunaSweeper
+
+    for sweeper in (GridSweeper, OptunaSweeper):
+        Plugins.instance().register(sweeper)
+        Plugins.instance().class_name_to_class[f"hydra_plugins.sft_lab.{sweeper.__name__}"] = sweeper
+
+
+class GridSweeper(Sweeper):
+    """Every combination of the values given, each once."""
+
+    def __init__(self, params: dict[str, str] | None = None):
+        self.launcher: Launcher
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config: DictConfig = config
+        self.loader = hydra_context.config_loader
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """
+        Raises:
+            Leave: with the error of ours that ended it.
+        """
+        try:
+            self.carry_out(self.parsed(arguments))
+        except SftLabError as error:
+            raise Leave(error) from error
+
+    def carry_out(self, overrides: Sequence[Override]) -> None:
+        unbounded = [o.input_line for o in overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
+        if unbounded:
+            raise ConfigError(
+                [
+                    f"{text} : a grid needs single values (allowed: values, or hydra/sweeper=optuna)"
+                    for text in unbounded
+                ]
+            )
+        conduct.grid((self.compose(words, varied) for words, varied in _combinations(overrides)), self)
+
+    # ------------------------------------------------------------------------------------------ what a sweep needs
+
+    def parsed(self, arguments: Sequence[str]) -> list[Override]:
+        """The overrides of a sweep's file and of the command line, which win."""
+        parser = OverridesParser.create(config_loader=self.loader)
+        found = parser.parse_overrides([*configs.sweep_params(self.config), *arguments])
+        return list({override.get_key_element(): override for override in found}.values())
+
+    @property
+    def directory(self) -> SweepDirectory:
+        return SweepDirectory(str(self.config.hydra.sweep.dir))
+
+    @property
+    def settings(self) -> SweepConfig:
+        return configs.sweep_settings(self.config)
+
+    def compose(self, words: Sequence[str], varied: Sequence[str]) -> Candidate:
+        """A trial's config as Hydra would compose it for a job, or what is wrong with it."""
+        try:
+            cfg = self.loader.load_sweep_config(self.config, list(words))
+            config = configs.to_config(cfg)
+        except ConfigError as error:
+            return Candidate(list(varied), list(words), None, error.problems)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            return Candidate(list(varied), list(words), None, [str(error).strip().splitlines()[0]])
+        config.sweep.name = self.directory.name
+        tracking = config.tracking
+        tracking.group = tracking.group or self.directory.name
+        tracking.job_type = "trial" if tracking.job_type == "train" else tracking.job_type
+        tracking.tags = [*tracking.tags, *varied]
+        return Candidate(list(varied), list(words), config, [])
+
+    def launch(self, trials: Sequence[Trial], watch: trial.Watch) -> None:
+        """Run trials in this process, in processes of their own, or through Hydra's launcher."""
+        if not isinstance(self.launcher, BasicLauncher):
+            for begun in trials:
+                watch.begins(begun)
+            self._through_launcher(trials)
+            for ended in trials:
+                watch.ends(trial.settled(self.directory, ended.id))
+        elif self.settings.isolate:
+            trial.run_isolated(trials, self.directory, watch)
+        else:
+            trial.run_all(trials, self.directory, watch)
+
+    def _through_launcher(self, trials: Sequence[Trial]) -> None:
+        """Hydra composes each job once more, in its process; the task then runs what was planned, by the directory."""
+        place = [f"hydra.sweep.dir={self.directory.path}", f"sweep.name={self.directory.name}"]
+        jobs = [[*job.varied, *place, f"hydra.sweep.subdir={job.id}"] for job in trials]
+        try:
+            self.launcher.launch(jobs, initial_job_idx=0)
+        except Exception as error:  # a launcher's own: a worker that was killed, say; each trial's state tells the rest
+            conduct.log.warning("the launcher ended with %s: %s", type(error).__name__, error)
+
+
+def _combinations(overrides: Sequence[Override]) -> Iterator[tuple[list[str], list[str]]]:
+    """The words of each trial, and those of them that vary."""
+    fixed = [o.input_line for o in overrides if not o.is_sweep_override()]
+    swept: list[Iterable[str]] = [values_of(o) for o in overrides if o.is_sweep_override()]
+    for varied in itertools.product(*swept):
+        yield [*(text for text in fixed if text), *varied], list(varied)
+
+
+def values_of(override: Override) -> list[str]:
+    key = override.get_key_element()
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
