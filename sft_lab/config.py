@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -49,13 +51,18 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("random_id", lambda: runs.RUN_ID, replace=True)
     OmegaConf.register_new_resolver("trial_id", _trial_id, replace=True)
+    OmegaConf.register_new_resolver("mul", lambda *numbers: math.prod(numbers), replace=True)
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)
 
 
 def _trial_id(*, _root_: DictConfig) -> str:
-    """A sweep trial's directory name, from what it trains and not from how it was typed."""
+    """The name of the trial that a composed config is, whatever was typed."""
     own = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in ("hydra", *_NOT_TRAINED)])
-    config = _agreed(_to_dataclasses(_schema_with(own)))  # unchecked: a bad trial fails as a trial, not here
+    return trial_name(_agreed(_to_dataclasses(_schema_with(own))))  # unchecked: a bad trial fails as a trial, not here
+
+
+def trial_name(config: Config) -> str:
+    """A trial's name: rank and learning rate to be read, a digest of all that it trains to be told apart."""
     trained = {key: value for key, value in to_dict(config).items() if key not in _NOT_TRAINED}
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
     return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
@@ -117,12 +124,15 @@ class CommandLine:
     name: str
     multirun: bool
     composes: bool
+    params: list[str] = dataclasses.field(default_factory=list)  # what a sweep's file varies: hydra.sweeper.params
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
     parser = get_args_parser()
     parser.prog = "sft_lab"
     args = parser.parse_args(list(argv))
+    if args.multirun and args.cfg:
+        raise ConfigError("--cfg with -m : shows one config (allowed: --cfg, or -m with sweep.dry_run=true)")
     asks = args.help or args.hydra_help or args.info or args.shell_completion
     return CommandLine(args.overrides, args.config_dir, args.config_name or "config", args.multirun, not asks)
 
@@ -133,8 +143,8 @@ def compose(overrides: Sequence[str], conf_dir: str | Path | None = None, name: 
     Raises:
         ConfigError: a list of everything that is wrong with `overrides`, each naming its key.
     """
-    with _hydra(conf_dir) as loader:
-        cfg, problems = _compose_and_check(loader, overrides, name)
+    with _hydra(conf_dir) as hydra:
+        cfg, problems = _compose_and_check(hydra.config_loader, overrides, name)
     if problems:
         raise ConfigError(problems)
     assert cfg is not None
@@ -147,7 +157,7 @@ def check_command_line(command: CommandLine) -> Path | None:
     Of a sweep each value is checked by itself, beside the first of all others.
 
     Returns:
-        The directory of a single run, as it would be named now.
+        The directory of a single run, as it would be named now; None for a sweep.
 
     Raises:
         ConfigError: a list of everything that is wrong.
@@ -155,8 +165,11 @@ def check_command_line(command: CommandLine) -> Path | None:
     if command.conf_dir and not Path(command.conf_dir).is_dir():
         raise ConfigError(f"--config-dir={command.conf_dir} : no such directory")
     problems: list[str] = []
-    with _hydra(command.conf_dir) as loader:
-        choices = _single_values(command.overrides, loader) if command.multirun else [command.overrides]
+    with _hydra(command.conf_dir) as hydra:
+        loader = hydra.config_loader
+        _read_sweep_file(hydra, command)
+        typed = [*command.params, *command.overrides]
+        choices = _single_values(typed, loader) if command.multirun else [command.overrides]
         for overrides in choices:
             cfg, found = _compose_and_check(loader, overrides, command.name)
             problems += found or (checks.missing_files(_to_dataclasses(cfg)) if cfg is not None else [])
@@ -168,6 +181,37 @@ def check_command_line(command: CommandLine) -> Path | None:
     return Path(OmegaConf.select(full, "hydra.run.dir"))
 
 
+def _read_sweep_file(hydra: Hydra, command: CommandLine) -> None:
+    """Add to the command what a file of multirun_examples/ says: that it is a sweep, and of what.
+
+    Raises:
+        ConfigError: the file varies something and would train a single run.
+    """
+    try:
+        cfg = hydra.compose_config(
+            config_name=command.name,
+            overrides=command.overrides,
+            run_mode=RunMode.MULTIRUN,
+            with_log_configuration=False,
+            validate_sweep_overrides=False,
+        )
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return  # told with the other problems
+    command.params = sweep_params(cfg)
+    command.multirun = command.multirun or cfg.hydra.mode == RunMode.MULTIRUN
+    if command.params and not command.multirun:
+        raise ConfigError(
+            f"hydra.sweeper.params : {', '.join(command.params)} would be ignored, a single run varies nothing "
+            "(allowed: -m, or hydra.mode=MULTIRUN in the file)"
+        )
+
+
+def sweep_params(cfg: DictConfig) -> list[str]:
+    """The overrides under hydra.sweeper.params, as they stand: an interpolation in them is each trial's own."""
+    params = OmegaConf.to_container(cfg.hydra.sweeper, resolve=False).get("params") or {}  # type: ignore[union-attr]
+    return [f"{key}={value}" for key, value in params.items()]
+
+
 def one_run(words: Sequence[str], verb: str) -> tuple[Config, Path]:
     """The config that `words` compose to, and the directory that a run of it would have.
 
@@ -175,16 +219,17 @@ def one_run(words: Sequence[str], verb: str) -> tuple[Config, Path]:
         ConfigError: a list of everything that is wrong, or the words ask for a sweep.
     """
     command = parse_command_line(words)
-    if command.multirun:
-        raise ConfigError(f"{verb} -m : one run at a time (allowed: the overrides of one trial)")
-    run_dir = check_command_line(command)
-    assert run_dir is not None
+    run_dir = None if command.multirun else check_command_line(command)
+    if run_dir is None:
+        raise ConfigError(
+            f"{verb} -m : one run at a time (allowed: the overrides of one trial; or a sweep's sweep.dry_run=true)"
+        )
     return to_config(compose(command.overrides, command.conf_dir, command.name)), run_dir
 
 
 @contextlib.contextmanager
-def _hydra(conf_dir: str | Path | None = None) -> Iterator[ConfigLoader]:
-    """A Hydra of our own for a while, also inside a running one; gives its config loader."""
+def _hydra(conf_dir: str | Path | None = None) -> Iterator[Hydra]:
+    """A Hydra of our own for a while, also inside a running one."""
     register()
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -193,7 +238,7 @@ def _hydra(conf_dir: str | Path | None = None) -> Iterator[ConfigLoader]:
     if conf_dir:  # where hydra.main puts it
         search_path.prepend("command-line", f"file://{Path(conf_dir).resolve()}", SearchPathQuery(provider="schema"))
     try:
-        yield Hydra.create_main_hydra2("sft_lab", search_path).config_loader
+        yield Hydra.create_main_hydra2("sft_lab", search_path)
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -305,6 +350,8 @@ def _single_values(overrides: Sequence[str], loader: ConfigLoader) -> Iterator[l
             value: Any = override.value()
             if isinstance(value, Glob):
                 texts.append([f"{key}={name}" for name in value.filter(loader.get_group_options(key))] or [text])
+            elif isinstance(value, IntervalSweep):
+                texts.append([f"{key}={end}" for end in (value.start, value.end)])
             else:
                 texts.append([f"{key}={v}" for v in override.sweep_string_iterator()] if swept else [text])
         except (HydraException, ValueError):
@@ -321,16 +368,20 @@ def _single_values(overrides: Sequence[str], loader: ConfigLoader) -> Iterator[l
 
 def problems_of(cfg: DictConfig) -> list[str]:
     """Everything wrong with a composed config: unknown, missing and refused values, contradictions."""
+    return _checked(cfg)[1]
+
+
+def _checked(cfg: DictConfig) -> tuple[Config | None, list[str]]:
     try:
         problems = [checks.unknown_key(key, key) for key in _unknown_keys(cfg)]
         missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra"))
         problems += [_missing_message(key) for key in missing]
         if problems:
-            return problems
+            return None, problems
         config = _to_dataclasses(cfg)
     except OmegaConfBaseException as error:
-        return [f"{error.full_key or 'config'} : {str(error).strip().splitlines()[0]}"]
-    return checks.refused(config)
+        return None, [f"{error.full_key or 'config'} : {str(error).strip().splitlines()[0]}"]
+    return config, checks.refused(config)
 
 
 def _unknown_keys(cfg: DictConfig) -> list[str]:
@@ -355,8 +406,10 @@ def _missing_message(key: str) -> str:
 
 
 def _to_dataclasses(cfg: DictConfig) -> Config:
-    plain: dict[str, Any] = _literal(OmegaConf.to_container(cfg, resolve=True))
-    plain.pop("hydra", None)
+    parts = {str(key): cfg[key] for key in cfg if key != "hydra"}  # Hydra's own part is not resolved: it takes 0.1 s
+    plain: dict[str, Any] = _literal(
+        {key: OmegaConf.to_container(p, resolve=True) if OmegaConf.is_config(p) else p for key, p in parts.items()}
+    )
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     return config
@@ -371,10 +424,10 @@ def to_config(cfg: DictConfig) -> Config:
     Raises:
         ConfigError: a list of everything that is wrong.
     """
-    problems = problems_of(cfg)
-    if problems:
+    config, problems = _checked(cfg)
+    if config is None or problems:
         raise ConfigError(problems)
-    return _agreed(_to_dataclasses(cfg))
+    return _agreed(config)
 
 
 def _agreed(config: Config) -> Config:
@@ -399,8 +452,7 @@ def with_other_data(config: Config, overrides: Sequence[str]) -> Config:
     if any(text.startswith("data=") for text in overrides):
         data = to_config(compose(overrides)).data
     else:
-        kept = [f"{key}={value}" for key, value in _typed("data", dataclasses.asdict(config.data))]
-        data = to_config(compose([*kept, *overrides])).data
+        data = _changed(config, overrides).data
     other_config = dataclasses.replace(config, data=data)
     problems = checks.missing_files(other_config)
     if problems:
@@ -408,13 +460,24 @@ def with_other_data(config: Config, overrides: Sequence[str]) -> Config:
     return other_config
 
 
-def _typed(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The overrides that set `values`."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _typed(f"{prefix}.{name}", value)
-        else:
-            yield f"{prefix}.{name}", json.dumps(value, ensure_ascii=False)
+def _changed(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with values set as typed; raises ConfigError as `compose` does."""
+    cfg = OmegaConf.merge(OmegaConf.structured(Config), _literal(to_dict(config)))
+    assert isinstance(cfg, DictConfig)
+    values: list[tuple[str, Override]] = []
+    with _hydra() as hydra:
+        found = [_syntax_or_option_problem(text, hydra.config_loader, values) for text in overrides]
+    found += [_key_problem(text, override, cfg) for text, override in values]
+    if problems := [problem for problem in found if problem]:
+        raise ConfigError(problems)
+    return to_config(cfg)
+
+
+def sweep_settings(cfg: DictConfig) -> SweepConfig:
+    """The `sweep` section, which is of the whole sweep and of no single trial."""
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), cfg.sweep))
+    assert isinstance(settings, SweepConfig)
+    return settings
 
 
 def to_dict(config: Config) -> dict[str, Any]:
