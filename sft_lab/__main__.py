@@ -18,6 +18,8 @@ VERBS = {
     "resume": "go on from the last checkpoint of a run",
     "eval": "evaluate a finished run's adapter",
     "chat": "talk to a finished run's model",
+    "compare": "runs or a sweep side by side: what differs in config, result and cost",
+    "repro": "run a finished run again from its record, and say whether the result is the same",
     "env": "versions, devices, what will be used and why",
 }
 

@@ -33,12 +33,14 @@ class Finished:
         """
         Raises:
             RunError: the run has no adapter yet, or its base model cannot be had.
+            ConfigError: its data is not there, with which the chat template was written down.
         """
         from peft import PeftModel
         from transformers import AutoTokenizer
 
         adapter, config = run.require_adapter(), configs.load(run.config)
         trust = config.model.trust_remote_code
+        used = Prepared.load(run, trust).template
         tokenizer = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust)
         if config.peft.method == "none":
             config.model.path = str(adapter)
@@ -48,7 +50,6 @@ class Finished:
             models.fit_embeddings(base, tokenizer)  # their trained rows lie beside the adapter's matrices
             model = PeftModel.from_pretrained(base, str(adapter))
         model.to(models.device()).eval()
-        used = Prepared.load(run, config.model.trust_remote_code).template
         return cls(config, model, tokenizer, used)
 
     def evaluate(self, config: Config) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sft_lab.schema import Config, DataConfig, TrainerConfig
 
 _QUANT_OPTION = {"bnb_4bit": "nf4", "bnb_8bit": "int8"}  # as a person types them
 _FILE_KINDS = "a .jsonl, .json, .csv, .txt (or any of them .gz), .parquet or .arrow file, a directory of them or a glob"
+_MODELS = ("a directory with config.json", "a hub id such as ORG/NAME", "embedded:NAME")
 _LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "extra")
 OPEN = (*(f"{group}.extra" for group in EXTRA_OF), "data.columns", "data.sources")  # mappings of free names
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
@@ -266,6 +267,10 @@ def missing_files(config: Config) -> list[str]:
     problems = [_missing(key, path) for key, path in paths.items() if path]
     if config.chat_template.path and not Path(config.chat_template.path).expanduser().is_file():
         problems.append(f"chat_template.path={config.chat_template.path} : no such file (allowed: a jinja file)")
+    model = config.model.path
+    if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).is_dir():  # no hub id looks so
+        near = _near_names(model)
+        problems.append(message(f"model.path={model}", "no such directory", near, "allowed", _MODELS))
     return [problem for problem in problems if problem]
 
 
@@ -275,10 +280,14 @@ def _missing(key: str, path: str) -> str | None:
         return None
     if glob.has_magic(path):
         return f"{key}={path} : no file matches (allowed: {_FILE_KINDS})"
+    return message(f"{key}={path}", "no such file", _near_names(path), "allowed", [_FILE_KINDS])
+
+
+def _near_names(path: str) -> list[str]:
+    """What lies beside a path that is not there and has nearly its name."""
     folder = Path(path).parent
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    near = [str(folder / n) for n in difflib.get_close_matches(Path(path).name, names, n=1)]
-    return message(f"{key}={path}", "no such file", near, "allowed", [_FILE_KINDS])
+    return [str(folder / name) for name in difflib.get_close_matches(Path(path).name, names, n=1)]
 
 
 def _batch_contradictions(c: Config) -> Iterator[str]:

@@ -97,7 +97,8 @@ def help_text() -> str:
         "  python -m sft_lab [train] [GROUP=OPTION ...] [KEY=VALUE ...]     one run",
         "  python -m sft_lab -m KEY=VALUE,VALUE ...                         a sweep",
         "  python -m sft_lab plan|inspect [GROUP=OPTION ...]                what it will do; the rows as they train",
-        "  python -m sft_lab resume|eval|chat RUN_DIR, env                  --help tells more of each",
+        "  python -m sft_lab resume|eval|chat|repro RUN_DIR                 --help tells more of each",
+        "  python -m sft_lab compare DIR ..., env",
         "",
         "Groups and their options",
     ]
@@ -109,7 +110,7 @@ def help_text() -> str:
         "",
         "Keys: `--cfg job --resolve` prints each with the value it will have; --hydra-help lists Hydra's own flags.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("$", "$$") + "\n"  # Hydra fills in a string.Template
 
 
 # ------------------------------------------------------------------------------------------------------ composing

@@ -74,6 +74,7 @@ def _rows(config: Config, data: Prepared, report: Report) -> None:
     if len(facts["mixed"]) > 1:
         shares = ", ".join(f"{name} {count} ({count / rows['kept']:.1%})" for name, count in facts["mixed"].items())
         report.add("mixture", "fact", shares)
+    _empty_sources(config, facts["mixed"], report)
     for kind, dropped, bad in (
         ("", facts["dropped_rows"], facts["bad_rows"]),
         ("eval_", facts["dropped_eval_rows"], facts["bad_eval_rows"]),
@@ -86,6 +87,16 @@ def _rows(config: Config, data: Prepared, report: Report) -> None:
     for how, names in facts["shortened_rows"].items():
         ids = [data.named(*row) for row in names]
         report.add(how, "warning", f"{len(ids)} rows of more than {config.trainer.max_length} tokens: {how}", ids)
+
+
+def _empty_sources(config: Config, mixed: dict[str, int], report: Report) -> None:
+    """Sources of a mixture that give nothing, which a small share of few rows does silently."""
+    for name, source in config.data.sources.items():
+        if not mixed[name]:
+            given = [f"sample={source.sample:g}"] if source.sample < 1 else []
+            given += [f"max_rows={source.max_rows}"] if source.max_rows >= 0 else []
+            why = f" ({', '.join(given)})" if given else ""
+            report.add(f"data.sources.{name}", "warning", f"no row of it trains{why}")
 
 
 def _with_reason(row: str, reason: str | None) -> str:
@@ -102,6 +113,7 @@ _NOTES = {
     "assistant_first": ("warning", "rows begin with the assistant"),
     "tool_without_call": ("warning", "rows have a tool's answer that no call asked for"),
     "ends_with_user": ("fact", "rows end with a turn that is not the assistant's"),
+    "empty_question": ("warning", "rows have a question without words"),
     "empty_answer": ("warning", "rows have an empty answer"),
     "thought_left_out": ("warning", "rows have a thought (reasoning_content) that the chat template leaves out"),
     "prompt_tokens_differ": ("warning", "rows have a prompt that is cut into other tokens than it is when alone"),
@@ -214,5 +226,9 @@ def _held_out(config: Config, data: Prepared, report: Report) -> None:
     unknown = [name for name in config.data.metrics if name not in evaluate.METRICS]
     if unknown:
         report.add("data.metrics", "error", f"no such metric: {unknown} (allowed: {', '.join(evaluate.METRICS)})")
+    asked = {name: getattr(config.data, name) for name in ("eval_rows", "eval_fraction", "eval_path", "eval_split")}
+    for name, value in asked.items():
+        if value and value != -1 and not len(data.eval):
+            report.add(f"data.{name}", "error", f"{value} given, and no row is held out")
     if config.trainer.eval_steps and not len(data.eval):
         report.add("trainer.eval_steps", "error", f"{config.trainer.eval_steps} given, and there are no held-out rows")

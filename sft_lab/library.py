@@ -70,6 +70,7 @@ EXTRA_OF = {
             "use_cpu": "trainer.precision",
             "report_to": "tracking",
             "run_name": "tracking.name",
+            "project": "tracking.project",
             "gradient_checkpointing_kwargs": "trainer.use_reentrant",
             "eval_strategy": "trainer.eval_steps",
             "save_strategy": "trainer.save_steps",

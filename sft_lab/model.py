@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft_lab import attention, embedded, quant
+from sft_lab import attention, embedded, quant, shared
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import Config, ModelConfig
 
@@ -53,13 +53,30 @@ def resolve_precision(config: Config) -> Precision:
 
 
 def resolve_attention(config: Config) -> str:
-    """What `model.attn_implementation=auto` comes to: for packed rows, the one that pays for each document alone."""
+    """What `model.attn_implementation=auto` comes to: for packed rows, the one that pays for each document alone.
+
+    Raises:
+        ConfigError: this machine has not what was asked for.
+    """
     asked = config.model.attn_implementation
     if asked != "auto":
+        _require_flash_attention(asked)
         return asked
     if not _has_sdpa(config.model.path, config.model.revision, config.model.trust_remote_code):
         return "eager"
     return attention.SDPA_PER_DOCUMENT if config.trainer.packing else "sdpa"
+
+
+def _require_flash_attention(asked: str) -> None:
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    available = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if asked in available and not available[asked](kernels_fallback_ok=True):
+        package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[asked]
+        raise ConfigError(
+            f"model.attn_implementation={asked} : needs a GPU and the package {package} or kernels "
+            "(allowed here: auto, sdpa, sdpa_per_document, eager)"
+        )
 
 
 @functools.cache
@@ -102,7 +119,7 @@ def load_config(model: ModelConfig) -> Any:
 
 
 def load_model(config: Config) -> Any:
-    """The base model on its device, quantised if asked for, without an adapter.
+    """The base model on its device, quantised if asked for, without an adapter; of one load where trials share it.
 
     Raises:
         RunError: it cannot be had, from the hub or from disk.
@@ -122,8 +139,13 @@ def load_model(config: Config) -> Any:
     if quantisation is not None:
         arguments |= {"quantization_config": quantisation, "device_map": {"": device()}}
     path = embedded.resolve(model.path)
-    with told(model):
-        return AutoModelForCausalLM.from_pretrained(path, **arguments)
+
+    def load() -> Any:
+        with told(model):
+            return AutoModelForCausalLM.from_pretrained(path, **arguments)
+
+    # int8 layers move their weights into a state of their own at the first forward, which leaves nothing to share.
+    return load() if config.quant.method == "bnb_8bit" else shared.base((path, repr(arguments)), load)
 
 
 def fit_embeddings(model: Any, tokenizer: Any) -> None:

@@ -34,8 +34,7 @@ def check(config: Config, data: Prepared, run: RunDirectory) -> Report:
 def examine(config: Config, data: Prepared, run: RunDirectory) -> Report:
     """Everything that can be said of a prepared run before it costs anything."""
     models.resolve_precision(config)
-    if config.tracking.method == "wandb" and config.tracking.mode == "online":
-        tracking.require_key()
+    tracking.require(config.tracking)
     report = Report(config.preflight.allow)
     findings.of_data(config, data, report)
     _model(config, data, report)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
+import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,22 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+_KEPT_BYTES = 1_000_000  # of uncommitted changes
+_SECRET = re.compile(r"(^|/)(\.env[^/]*|\.netrc|[^/]*\.(pem|key))$")  # untracked files whose contents are not recorded
+
+
 def collect(config: Config, data: Prepared) -> dict[str, Any]:
+    return current(config, data.facts["data_fingerprint"])
+
+
+def current(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """What provenance.json of a run that starts now would hold."""
     return {
         "git": git_state(Path(__file__).parent),
         "packages": package_versions(),
+        "installed": installed(),
         "hardware": hardware(),
-        "data_fingerprint": data.facts["data_fingerprint"],
+        "data_fingerprint": data_fingerprint,
         "model": {
             "path": config.model.path,
             "revision": config.model.revision,
@@ -35,18 +47,79 @@ def collect(config: Config, data: Prepared) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------------------------------------------------------- code
+
+
+@functools.cache  # what this process runs is what it found when it began
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None outside a checkout."""
+    """Commit and what the tree holds beside it; None outside a checkout or without git.
 
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    Returns:
+        commit, dirty, `diff` against the commit, `untracked` files that git does not ignore (name: text), and
+        `left_out`: what of them is not here because it is large, no text, or by its name a secret.
+    """
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        top = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel")).strip())
+        commit = _git(top, "rev-parse", "HEAD").decode().strip()
+        dirty = bool(_git(top, "status", "--porcelain"))
+        diff = _git(top, "diff", "--no-ext-diff", "--no-color", "HEAD")
+        names = [
+            os.fsdecode(n) for n in _git(top, "ls-files", "-z", "--others", "--exclude-standard").split(b"\0") if n
+        ]
     except (OSError, subprocess.CalledProcessError):
         return None
+    left_out = [f"diff: {_KEPT_BYTES} of its {len(diff)} bytes are kept"] if len(diff) > _KEPT_BYTES else []
+    diff = diff[:_KEPT_BYTES]
+    untracked, not_kept = _texts(top, names, _KEPT_BYTES - len(diff))
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "diff": diff.decode(errors="replace"),
+        "untracked": untracked,
+        "left_out": left_out + not_kept,
+    }
+
+
+def _git(folder: Path, *words: str) -> bytes:
+    return subprocess.run(
+        ["git", "--no-optional-locks", "-C", str(folder), *words], capture_output=True, check=True
+    ).stdout
+
+
+def _texts(folder: Path, names: list[str], budget: int) -> tuple[dict[str, str], list[str]]:
+    """The files' texts, `budget` bytes of them at most, and what was left out and why."""
+    texts: dict[str, str] = {}
+    left_out: list[str] = []
+    for name in sorted(names):
+        if _SECRET.search(name):
+            left_out.append(f"{name}: by its name a secret")
+            continue
+        try:
+            size = (folder / name).stat().st_size
+            if size > budget:
+                left_out.append(f"{name}: {size} bytes")
+                continue
+            texts[name] = (folder / name).read_text(encoding="utf-8")
+            budget -= size
+        except UnicodeDecodeError:
+            left_out.append(f"{name}: no text, {size} bytes")
+        except OSError as error:  # not readable, gone, or a repository inside this one
+            left_out.append(f"{name}: {error.strerror}")
+    return texts, left_out
+
+
+# ------------------------------------------------------------------------------------------ packages, machine, model
+
+
+@functools.cache
+def installed() -> dict[str, str]:
+    """Every distribution that Python finds here, with its version."""
+    return dict(sorted((canonical(found.name), found.version) for found in distributions() if found.name))
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as it is however it was typed (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def package_versions() -> dict[str, str]:
@@ -67,6 +140,7 @@ def hardware() -> dict[str, Any]:
     return {
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # which vector instructions torch computes with
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus,

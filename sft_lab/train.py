@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from sft_lab import console, evaluate, tracking
 from sft_lab import model as models
 from sft_lab import trainer as trainers
 from sft_lab.callbacks import Metrics, Seal, Stop, TokenCounter
-from sft_lab.data import inspection, view
+from sft_lab.data import inspection, references, view
 from sft_lab.data.prepared import Prepared
-from sft_lab.errors import Interrupted, RunError
+from sft_lab.errors import Interrupted, PreflightError, Pruned, RunError
 from sft_lab.runs import RunDirectory, read_json, whole_directory, write_json, write_text
 from sft_lab.schema import Config
 
@@ -26,12 +27,13 @@ log = logging.getLogger("sft_lab")
 _ROWS_SHOWN = 4  # in the tracker, token by token
 
 
-def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop) -> dict[str, Any]:
+def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train what the run directory holds, from its newest whole checkpoint where there is one; returns result.json.
 
     Raises:
         RunError: training diverged or what it made is not whole.
         Interrupted: a signal ended it; a checkpoint was saved if training had begun.
+        Pruned: one of `callbacks` ended it.
     """
     checkpoint = _rewind(run)
     tracker = tracking.open_tracker(config.tracking, run, configs.to_dict(config))
@@ -39,18 +41,19 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop) -> dict[s
     try:
         console.say(tracker.message)
         console.show_facts(_facts(config, run, data))
-        _show_rows(config, data, tracker)
+        _show_data(config, run, data, tracker)
         set_seed(config.seed)
         progress = console.Progress()
         metrics = Metrics(run, tracker, progress, run.read_metrics())
-        trainer = trainers.build(config, run, data, [metrics, Seal(run), stop])
+        trainer = trainers.build(config, run, data, [metrics, Seal(run), stop, *callbacks, *tracker.callbacks])
         metrics.counter = TokenCounter(trainer.model, data.tokenizer.pad_token_id, metrics.past_tokens)
         before = _evaluate_before(config, run, data, trainer.model, metrics)
         try:
             _train_on(trainer, checkpoint, read_json(run.preflight)["steps"])
         finally:
             progress.stop()
-        stop.raise_if_stopped()
+        for callback in (stop, *callbacks):
+            callback.raise_if_stopped()
         _save_adapter(run, trainer)
         after = _evaluate_after(config, run, data, trainer, tracker)
         result = _record(config, run, trainer, metrics, before | after)
@@ -61,6 +64,9 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop) -> dict[s
     except Interrupted as error:
         exit_code = error.exit_code
         raise
+    except Pruned:
+        exit_code = 0
+        raise
     finally:
         _finish(tracker, exit_code)
 
@@ -70,7 +76,7 @@ def _finish(tracker: tracking.Tracker, exit_code: int) -> None:
     try:
         tracker.finish(exit_code)
     except Exception as error:
-        log.warning("W&B could not be finished: %s", error)
+        log.warning("the tracker could not be finished: %s", error)
 
 
 def _rewind(run: RunDirectory) -> Path | None:
@@ -118,11 +124,19 @@ def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
     }
 
 
-def _show_rows(config: Config, data: Prepared, tracker: tracking.Tracker) -> None:
-    """Some rows as they train, token by token, in the tracker too."""
-    if config.tracking.method != "none":
-        rows = inspection.views(config, data, inspection.choose(data, _ROWS_SHOWN))
-        tracker.html("rows_as_trained", view.as_html(rows, "Rows as they train"), 0)
+def _show_data(config: Config, run: RunDirectory, data: Prepared, tracker: tracking.Tracker) -> None:
+    """Where the rows come from, and some of them as they train, token by token, in the tracker."""
+    if config.tracking.method != "wandb":
+        return  # the others take neither pages nor data sets
+    rows = inspection.views(config, data, inspection.choose(data, _ROWS_SHOWN))
+    tracker.html("rows_as_trained", view.as_html(rows, "Rows as they train"), 0)
+    fingerprint, read = data.facts["data_fingerprint"], read_json(run.preflight)["rows"]["read"]
+    try:
+        uris = references.uris(config.data)
+    except PreflightError as error:
+        log.warning("the tracker is not told where the data is: %s", error)
+        return
+    tracker.use_data(references.name_of(fingerprint), uris, references.described(config.data, fingerprint, read))
 
 
 def _evaluate_before(
@@ -241,11 +255,10 @@ def _track(
     if run.samples.exists():
         samples = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()]
         tracker.table("samples", columns, [[sample[c] for c in columns] for sample in samples], result["steps"])
-    if config.tracking.log_adapter:
-        metadata = {
-            "base_model": config.model.path,
-            "data_fingerprint": data.facts["data_fingerprint"],
-            "config": configs.to_dict(config),
-            "metrics": result["metrics"],
-        }
-        tracker.log_adapter(run.adapter, f"{run.path.name}-adapter", metadata)
+    metadata = {
+        "base_model": config.model.path,
+        "data_fingerprint": data.facts["data_fingerprint"],
+        "config": configs.to_dict(config),
+        "metrics": result["metrics"],
+    }
+    tracker.log_adapter(run.adapter, f"{run.path.name}-adapter", metadata)

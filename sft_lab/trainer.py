@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_lab import adapter, attention, loss
+from sft_lab import adapter, attention, integrations, loss
 from sft_lab import model as models
 from sft_lab.data import streaming
 from sft_lab.data.batches import TrainingRows
@@ -129,7 +129,9 @@ def build_arguments(config: Config, run: RunDirectory) -> Any:
         dataloader_pin_memory=models.device() != "cpu",
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",  # callbacks.py writes to metrics.jsonl and to the tracker
+        report_to="none",  # callbacks.py writes to metrics.jsonl and to the tracker; others' callbacks come as they are
+        project=config.tracking.project,
+        run_name=integrations.run_name(config.tracking, run),
         disable_tqdm=True,
         trust_remote_code=config.model.trust_remote_code,
         **t.extra,
@@ -146,8 +148,9 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
     from trl import SFTTrainer
 
     data.tokenizer.padding_side = "right"
-    set_seed(config.seed)  # new tokens' embeddings are drawn
+    set_seed(config.seed)  # for weights that the model's files lack
     model = models.load_model(config)
+    set_seed(config.seed)  # for new tokens' embeddings and the adapter, whether or not loading drew anything
     models.fit_embeddings(model, data.tokenizer)
     collator = Collator(data.tokenizer.pad_token_id, flattens(config))
     stream = streaming.training_rows(config, data) if config.data.streaming else None

@@ -23,6 +23,8 @@ from types import TracebackType
 from typing import Any
 
 ENTITY = "team"
+ORGANIZATION = "org"
+_CREATED = "2026-01-01T00:00:00Z"
 Reply = tuple[int, Any]  # HTTP status; bytes, or what becomes JSON
 
 
@@ -39,6 +41,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    sweep: str = ""
+    used: list[str] = field(default_factory=list)  # names of artifacts: its lineage
     exit_code: int | None = None  # of a run that ended
 
     @property
@@ -48,12 +52,26 @@ class Run:
 
 @dataclass
 class Artifact:
+    """A version of a collection: the first that holds its digest."""
+
+    id: str
+    project: str
     name: str
     type: str
     metadata: dict[str, Any]
     digest: str
-    files: list[str] = field(default_factory=list)
+    version: int
+    aliases: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # uploaded
+    references: dict[str, str] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)  # collections of registries
     committed: bool = False
+
+
+@dataclass
+class Sweep:
+    config: str  # as YAML
+    trials: list[dict[str, Any]] = field(default_factory=list)  # what the agent gets to run, one at a time
 
 
 class FakeWandb:
@@ -64,6 +82,7 @@ class FakeWandb:
         self.fail_with = 0
         self.runs: dict[tuple[str, str], Run] = {}
         self.artifacts: dict[str, Artifact] = {}
+        self.sweeps: dict[str, Sweep] = {}
         self.files: dict[str, bytes] = {}
         self._http = _HttpServer(("127.0.0.1", 0), _handler_for(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -96,6 +115,9 @@ class FakeWandb:
     def _upload(self, method: str, path: str, body: bytes) -> Reply:
         if method == "PUT":
             self.files[path] = body
+            if manifest := re.fullmatch(r"/upload/(artifact-\d+)/manifest", path):
+                entries = json.loads(body)["contents"]
+                self.artifacts[manifest[1]].references = {n: e["ref"] for n, e in entries.items() if "ref" in e}
         return (200, self.files[path]) if path in self.files else (404, _errors(path))
 
     def _append(self, run: Run, message: dict[str, Any]) -> None:
@@ -123,7 +145,8 @@ class FakeWandb:
         return {"viewer": {"id": "u", "entity": ENTITY, "username": "u", "email": "", "flags": "{}", "teams": teams}}
 
     def ServerFeaturesQuery(self, **_: Any) -> dict[str, Any]:
-        return {"serverInfo": {"features": []}}
+        feature = {"name": "ARTIFACT_MEMBERSHIP_IN_LINK_ARTIFACT_RESPONSE", "isEnabled": True}
+        return {"serverInfo": {"features": [feature]}}
 
     def OrganizationCoreWeaveOrganizationID(self, **_: Any) -> dict[str, Any]:
         return {"entity": None}
@@ -161,6 +184,7 @@ class FakeWandb:
         run.job_type = given.get("jobType") or run.job_type
         run.tags = given.get("tags") or run.tags
         run.notes = given.get("notes") or run.notes
+        run.sweep = given.get("sweep") or run.sweep
         run.config = json.loads(given.get("config") or "null") or run.config
         bucket = {
             "id": run.node_id,
@@ -168,7 +192,7 @@ class FakeWandb:
             "displayName": run.name,
             "description": "",
             "config": json.dumps(run.config),
-            "sweepName": None,
+            "sweepName": run.sweep or None,
             "project": _project(run.project),
             "historyLineCount": len(run.history),
         }
@@ -182,16 +206,76 @@ class FakeWandb:
         return {"project": {"artifact": None}}
 
     def CreateArtifact(self, **given: Any) -> dict[str, Any]:
-        artifact = Artifact(
-            name=given["artifactCollectionName"],
-            type=given["artifactTypeName"],
-            metadata=json.loads(given.get("metadata") or "{}"),
-            digest=given["digest"],
-        )
-        artifact_id = f"artifact-{len(self.artifacts)}"
-        self.artifacts[artifact_id] = artifact
-        sequence = {"latestArtifact": None}
-        return {"createArtifact": {"artifact": {"id": artifact_id, "state": "PENDING", "artifactSequence": sequence}}}
+        project, name = given["projectName"], given["artifactCollectionName"]
+        versions = [a for a in self.artifacts.values() if (a.project, a.name) == (project, name)]
+        artifact = next((a for a in versions if a.committed and a.digest == given["digest"]), None)
+        if artifact is None:
+            artifact = Artifact(
+                id=f"artifact-{len(self.artifacts)}",
+                project=project,
+                name=name,
+                type=given["artifactTypeName"],
+                metadata=json.loads(given.get("metadata") or "{}"),
+                digest=given["digest"],
+                version=len(versions),
+            )
+            self.artifacts[artifact.id] = artifact
+        aliases = [alias["alias"] for alias in given.get("aliases") or []]
+        for other in versions:
+            other.aliases = [alias for alias in other.aliases if alias not in aliases]
+        artifact.aliases = sorted({*artifact.aliases, *aliases})
+        answer = {"id": artifact.id, "state": "COMMITTED" if artifact.committed else "PENDING"}
+        return {"createArtifact": {"artifact": answer | {"artifactSequence": {"latestArtifact": None}}}}
+
+    def UseArtifact(self, artifactID: str, projectName: str, runName: str, **_: Any) -> dict[str, Any]:
+        self.runs[projectName, runName].used.append(self.artifacts[artifactID].name)
+        return {"useArtifact": {"artifact": {"id": artifactID}}}
+
+    def ArtifactByID(self, id: str, **_: Any) -> dict[str, Any]:
+        return {"artifact": self._described(self.artifacts[id])}
+
+    def FetchOrgInfoFromEntity(self, entity: str) -> dict[str, Any]:
+        return {"entity": {"organization": {"name": ORGANIZATION, "orgEntity": {"name": ORGANIZATION}}, "user": None}}
+
+    def LinkArtifact(self, artifactID: str, artifactPortfolioName: str, projectName: str, **_: Any) -> dict[str, Any]:
+        artifact = self.artifacts[artifactID]
+        artifact.links.append(f"{projectName}/{artifactPortfolioName}")
+        collection = {"__typename": "ArtifactPortfolio", "name": artifactPortfolioName}
+        membership = {
+            "__typename": "ArtifactCollectionMembership",
+            "id": "membership",
+            "versionIndex": 0,
+            "createdAt": _CREATED,
+            "aliases": [],
+            "artifactCollection": collection | {"project": _project(projectName) | {"internalId": "i"}},
+            "artifact": self._described(artifact),
+        }
+        return {"result": {"versionIndex": 0, "artifactMembership": membership}}
+
+    def _described(self, artifact: Artifact) -> dict[str, Any]:
+        sequence = {"__typename": "ArtifactSequence", "name": artifact.name}
+        return {
+            "__typename": "Artifact",
+            "id": artifact.id,
+            "artifactSequence": sequence | {"project": _project(artifact.project) | {"internalId": "i"}},
+            "versionIndex": artifact.version,
+            "artifactType": {"name": artifact.type},
+            "description": None,
+            "metadata": json.dumps(artifact.metadata),
+            "ttlDurationSeconds": 0,
+            "ttlIsInherited": False,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED" if artifact.committed else "PENDING",
+            "size": 0,
+            "digest": artifact.digest,
+            "digestAlgorithm": "MANIFEST_MD5",
+            "commitHash": "c",
+            "fileCount": len(artifact.files),
+            "createdAt": _CREATED,
+            "updatedAt": None,
+            "aliases": [],
+        }
 
     def CreateArtifactManifest(self, artifactID: str, **_: Any) -> dict[str, Any]:
         return {"createArtifactManifest": {"artifactManifest": self._manifest(artifactID)}}
@@ -221,6 +305,35 @@ class FakeWandb:
         artifact = self.artifacts[artifactID]
         artifact.committed = True
         return {"commitArtifact": {"artifact": {"id": artifactID, "digest": artifact.digest}}}
+
+    # Sweeps that `wandb agent` runs: the server draws no trials of its own, a test puts them into `Sweep.trials`
+
+    def UpsertSweep(self, config: str, projectName: str, **_: Any) -> dict[str, Any]:
+        name = f"sweep{len(self.sweeps)}"
+        self.sweeps[name] = Sweep(config)
+        return {
+            "upsertSweep": {"sweep": {"name": name, "project": _project(projectName)}, "configValidationWarnings": []}
+        }
+
+    def SweepWithRuns(self, sweep: str, **_: Any) -> dict[str, Any]:
+        found = {"id": sweep, "name": sweep, "config": self.sweeps[sweep].config, "runs": {"edges": []}}
+        return {"project": {"sweep": found}}
+
+    def CreateAgent(self, sweep: str, projectName: str, **_: Any) -> dict[str, Any]:
+        return {"createAgent": {"agent": {"id": f"{projectName}/{sweep}"}}}
+
+    def Heartbeat(self, id: str, runState: str, **_: Any) -> dict[str, Any]:
+        """Give an idle agent the next trial, in a run that the server makes for it."""
+        project, sweep = id.split("/")
+        trials, commands = self.sweeps[sweep].trials, []
+        if json.loads(runState) == {}:
+            commands = [{"type": "exit"}]
+            if trials:
+                run_id = f"trial{len(self.runs)}"
+                self.runs[project, run_id] = Run(project, run_id, node_id=f"node-{len(self.runs)}", sweep=sweep)
+                args = {name: {"value": value} for name, value in trials.pop(0).items()}
+                commands = [{"type": "run", "run_id": run_id, "args": args, "program": None}]
+        return {"agentHeartbeat": {"agent": {"id": id}, "commands": json.dumps(commands)}}
 
 
 def _errors(message: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sft_lab import config as configs
 from sft_lab.errors import ConfigError
 from sft_lab.library import EXTRA_OF, OPTIMIZERS, SCHEDULERS, enum_values, field_names
 from sft_lab.runs import RunDirectory
-from sft_lab.schema import Config
+from sft_lab.schema import Config, SourceConfig
 
 OPTIONS = [f"{group}={option}" for group, options in configs.groups().items() for option in options]
 MISSING = {  # the options that leave a value to the person
@@ -58,7 +58,7 @@ def test_groups_have_the_expected_number_of_options() -> None:
         "model": 8,
         "peft": 4,
         "quant": 3,
-        "tracking": 2,
+        "tracking": 5,
         "trainer": 1,
     }
 
@@ -245,6 +245,7 @@ REFUSED = [
     Refused("data.streaming=true trainer.max_steps=5", "data.streaming=true : not with data.source=requests"),
     Refused("chat_template.path=x.jinja", "chat_template.path=x.jinja : with chat_template.name=auto"),
     Refused("chat_template=from_file chat_template.path=x.jinja", "chat_template.path=x.jinja : no such file"),
+    Refused("model=from_path model.path=./no/model", "model.path=./no/model : no such directory (", ("a hub id",)),
     # no KEY=VALUE at all
     Refused("peft.r", "peft.r : cannot be read as KEY=VALUE"),
 ]
@@ -269,6 +270,12 @@ def test_a_misspelt_file_name_is_matched_with_what_lies_beside_it(tmp_path: Path
     (tmp_path / "train.jsonl").touch()
     (problem,) = problems("data=from_file", f"data.path={tmp_path}/trian.jsonl")
     assert f"did you mean {tmp_path}/train.jsonl?" in problem
+
+
+def test_a_misspelt_directory_of_a_model_too(tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (problem,) = problems("model=from_path", f"model.path={tmp_path}/lama")
+    assert f"did you mean {tmp_path}/llama?" in problem
 
 
 def test_a_directory_and_a_glob_are_files_too(tmp_path: Path) -> None:
@@ -594,6 +601,25 @@ def test_other_data_keeps_what_is_not_typed(name: str, tmp_path: Path) -> None:
     config.data.path = str(path)
     changed = configs.with_other_data(config, ["data.on_bad_row=skip"])
     assert changed == dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_row="skip"))
+
+
+def test_other_data_of_a_mixture(tmp_path: Path) -> None:
+    """Names and paths of its sources are the user's own, and one of them can be changed alone."""
+    (tmp_path / "a${b}.jsonl").touch()
+    sources = {
+        "one-2": {"path": f"{tmp_path}/a${{b}}.jsonl", "columns": {"prompt": "q.0"}},
+        "two": {"path": str(tmp_path)},
+    }
+    config = build("data=mixture", "data.sources={x: {path: x.jsonl}}")
+    config.data.sources = {name: SourceConfig(**settings) for name, settings in sources.items()}  # type: ignore[arg-type]
+    changed = configs.with_other_data(config, ["data.eval_rows=3", "data.sources.two.sample=0.5"])
+    two = dataclasses.replace(config.data.sources["two"], sample=0.5)
+    expected = dataclasses.replace(config.data, eval_rows=3, sources={**config.data.sources, "two": two})
+    assert changed == dataclasses.replace(config, data=expected)
+    with pytest.raises(ConfigError, match=r"data\.sources\.three\.sample=0\.5 : there is no source three yet"):
+        configs.with_other_data(config, ["data.sources.three.sample=0.5"])
+    with pytest.raises(ConfigError, match=r"data\.eval_row=3 : no such key; did you mean data\.eval_rows\?"):
+        configs.with_other_data(config, ["data.eval_row=3"])
 
 
 def test_other_data_takes_nothing_but_data() -> None:

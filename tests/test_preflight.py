@@ -13,13 +13,14 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import is_flash_attn_2_available
 
 from sft_lab import preflight
 from sft_lab import trainer as trainers
 from sft_lab.data.prepare import prepare
 from sft_lab.data.prepared import Prepared
 from sft_lab.data.tokenize import IGNORE
-from sft_lab.errors import PreflightError
+from sft_lab.errors import ConfigError, PreflightError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 from tests.data.preparing import config_of, written
@@ -54,6 +55,7 @@ ODD: dict[str, tuple[Any, str]] = {
     ),
     "assistant_first": ({"messages": [{"role": r, "content": r} for r in ("assistant", "user", "assistant")]}, "warning"),
     "ends_with_user": ({"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user")]}, "fact"),
+    "empty_question": ({"prompt": " ", "completion": "an answer to nothing"}, "warning"),
     "empty_answer": ({"prompt": "say nothing", "completion": ""}, "warning"),
     "untrained_turn_end": ({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, "error"),
     "text": ({"text": "all of this is learned"}, "fact"),
@@ -99,6 +101,32 @@ def test_answers_that_come_again_and_again_are_counted(tmp_path: Path) -> None:
 
 def leaky(tmp_path: Path) -> str:
     return f"data.eval_path={written(tmp_path / 'eval.jsonl', [GOOD[2], {'prompt': 'new', 'completion': 'row'}])}"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("data.eval_fraction=0.01", "data.eval_fraction"), ("data.eval_path=EVAL", "data.eval_path")],
+)
+def test_held_out_rows_that_were_asked_for_and_are_none(tmp_path: Path, override: str, key: str) -> None:
+    """A hundredth of twelve rows, and a file whose only row is left out."""
+    path = written(tmp_path / "eval.jsonl", [{"prompt": "long", "completion": "word " * 2000}])
+    report, findings = examined(tmp_path, GOOD, override.replace("EVAL", str(path)))
+    assert (report["ok"], report["eval_rows"]) == (False, 0)
+    assert findings[key]["level"] == "error"
+    assert "no row is held out" in findings[key]["message"]
+
+
+def test_a_source_that_gives_nothing_is_named(tmp_path: Path) -> None:
+    path = str(written(tmp_path / "rows.jsonl", GOOD))
+    shares = {"all": {}, "few": {"sample": 0.01}, "none": {"max_rows": 0}}
+    config = config_of(data="mixture", sources={name: {"path": path, **share} for name, share in shares.items()})
+    report = preflight.examine(config, prepare(config), RunDirectory(tmp_path / "run")).as_dict()
+    found = {f["name"]: f["message"] for f in report["findings"] if f["name"].startswith("data.sources.")}
+    assert found == {
+        "data.sources.few": "no row of it trains (sample=0.01)",
+        "data.sources.none": "no row of it trains (max_rows=0)",
+    }
+    assert report["ok"]
 
 
 def test_a_leak_stops_the_run(tmp_path: Path) -> None:
@@ -308,6 +336,12 @@ def saved(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> 
     LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return f"model.path={folder}"
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(kernels_fallback_ok=True), reason="there is flash attention here")
+def test_an_attention_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.attn_implementation=flash_attention_2 : needs .*sdpa"):
+        examined(tmp_path, GOOD, "model.attn_implementation=flash_attention_2")
 
 
 def test_rows_without_the_tokenizers_own_bos_are_a_warning(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from sft_lab import wandb_file
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import TrackingConfig
-from sft_lab.tracking import Tracker, WandbTracker, flatten_event, open_tracker
+from sft_lab.tracking import Tracker, flatten_event, open_tracker
+from sft_lab.wandb_run import WandbTracker
 from tests.fake_wandb import FakeWandb, Run
 
 ROOT = Path(__file__).parent.parent
@@ -90,8 +91,8 @@ def only_run(server: FakeWandb) -> Run:
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_everything_of_a_run_arrives(mode: str, server: FakeWandb, run: RunDirectory, tmp_path: Path) -> None:
-    settings = config(mode=mode, job_type="sft", tags=["a", "b"], notes="why")
-    tracker = open_tracker(settings, run, RESOLVED, group="sweep-7")
+    settings = config(mode=mode, group="sweep-7", job_type="sft", tags=["a", "b" * 70], notes="why")
+    tracker = open_tracker(settings, run, RESOLVED)
     tracker.log({"train/loss": 2.0}, step=5)
     tracker.log({"eval/loss": 3.0}, step=5)
     tracker.log({"train/loss": 1.0}, step=10)
@@ -111,7 +112,7 @@ def test_everything_of_a_run_arrives(mode: str, server: FakeWandb, run: RunDirec
     seen = only_run(server)
     assert seen.config["sft_lab"] == {"value": RESOLVED}
     assert (seen.name, seen.group, seen.job_type) == ("first", "sweep-7", "sft")
-    assert (seen.tags, seen.notes) == (["a", "b"], "why")
+    assert (seen.tags, seen.notes) == (["a", "b" * 64], "why")
     assert seen.steps == [5, 10]
     assert (seen.history[0]["train/loss"], seen.history[0]["eval/loss"]) == (2.0, 3.0)
     assert seen.history[1]["samples"]["_type"] == "table-file"

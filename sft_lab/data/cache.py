@@ -56,9 +56,18 @@ def _why_missed(key: Key, root: Path) -> str:
     same = [other for other in map(read_json, entries) if other.get("places") == key["places"]]
     if not same:
         return "this data was not prepared before"
-    differences = [[name for name in key.keys() | other.keys() if key.get(name) != other.get(name)] for other in same]
-    fewest = min(differences, key=len)
+    fewest = min([_differences(key, other) for other in same], key=len)
     return f"changed: {', '.join(sorted(fewest))}"
+
+
+def _differences(key: Key, other: Key) -> set[str]:
+    """What is different, without what only follows from that."""
+    names = {name for name in key.keys() | other.keys() if key.get(name) != other.get(name)}
+    if "streaming" in names:  # of a stream other things are compared than contents
+        names.discard("contents")
+    if None in (key.get("seed"), other.get("seed")) and len(names) > 1:  # what draws came or went, and the seed with it
+        names.discard("seed")
+    return names
 
 
 def digest_of(*texts: str) -> str:

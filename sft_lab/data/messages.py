@@ -228,6 +228,7 @@ def _notes(messages: list[Message]) -> list[str]:
         "assistant_first": "user" not in roles[: roles.index("assistant")],
         "tool_without_call": tool_without_call,
         "ends_with_user": roles[-1] != "assistant",  # whatever follows the last answer is never learned
+        "empty_question": any(m["role"] == "user" and not m["content"].strip() for m in messages),
         "empty_answer": any(_is_empty_answer(message) for message in messages),
     }
     return [name for name, true in found.items() if true]

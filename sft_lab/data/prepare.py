@@ -52,6 +52,23 @@ def prepare(config: Config) -> Prepared:
     return prepared
 
 
+def fingerprint(data: DataConfig) -> str:
+    """A digest of the contents of everything that the config names, held-out rows too; nothing is made into tokens.
+
+    Raises:
+        PreflightError: a file is missing or of no known kind.
+        RunError: the hub cannot be reached or has no such data set.
+    """
+    training = sources.training(data)
+    held_out = sources.held_out(data, sum(len(source.places) for source in training))
+    every = [*training, held_out] if held_out else training
+    return _fingerprint_of([place for source in every for place in source.places])
+
+
+def _fingerprint_of(places: list[sources.Place]) -> str:
+    return cache.digest_of(*(place.fingerprint for place in places))
+
+
 def _check_columns(training: list[Source]) -> None:
     """
     Raises:
@@ -163,7 +180,7 @@ class _Work:
             "template": dataclasses.asdict(self.template),
             "pad": self.tokenizer.pad_token,
             "places": [place.name for place in self.places],
-            "data_fingerprint": cache.digest_of(*(place.fingerprint for place in self.places)),
+            "data_fingerprint": _fingerprint_of(self.places),
             "bad_rows": total.bad,
             "bad_eval_rows": held_out.bad,
             "dropped_rows": total.dropped,

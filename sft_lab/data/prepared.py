@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from sft_lab.data.template import Template, TurnEnd
+from sft_lab.errors import ConfigError
 from sft_lab.runs import RunDirectory, link_directory, read_json, whole_directory, write_json
 
 
@@ -74,8 +75,19 @@ class Prepared:
 
     @classmethod
     def load(cls, run: RunDirectory, trust_remote_code: bool = False) -> Prepared:
+        """What `save` put into a run directory.
+
+        Raises:
+            ConfigError: it is not there, or another version of this program put it there.
+        """
         from transformers import AutoTokenizer
 
+        for name in ("train-0.arrow", "facts.json", "tokenizer"):
+            if not (run.data / name).exists():
+                raise ConfigError(
+                    f"{run.path}: its data/ has no {name}: the run ended before its data was written, or is of another "
+                    "version of sft_lab, which can read it (allowed: a run of this version)"
+                )
         tokenizer = AutoTokenizer.from_pretrained(str(run.data / "tokenizer"), trust_remote_code=trust_remote_code)
         return cls.of(run.data, tokenizer)
 

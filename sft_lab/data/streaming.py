@@ -26,8 +26,23 @@ _WINDOW = 1000  # rows that are read, converted and packed together
 
 
 def training_rows(config: Config, data: Prepared) -> IterableDataset:
-    """Rows, or packed rows, in an order that the seed decides, drawn from a buffer of data.shuffle_buffer."""
-    converter = Converter(
+    """Rows, or packed rows, one pass over the data after another without an end.
+
+    To the Trainer they are a single epoch: it can't tell how many passes a checkpoint's steps took, so that a resumed
+    run, which reads from the start and passes over what was trained, would go on in the wrong place of the wrong pass.
+    """
+    return IterableDataset.from_generator(
+        _endless, gen_kwargs={"config": config, "converter": _converter(config, data)}
+    )
+
+
+def one_pass(config: Config, data: Prepared, number: int) -> IterableDataset:
+    """The rows of a pass, counted from 0, in the order that the seed and its number decide."""
+    return _one_pass(config, _converter(config, data), number)
+
+
+def _converter(config: Config, data: Prepared) -> Converter:
+    return Converter(
         config.data,
         config.trainer.max_length,
         data.tokenizer,
@@ -36,10 +51,25 @@ def training_rows(config: Config, data: Prepared) -> IterableDataset:
         config.data.columns,
         leaks=duplicates.Leaks(data.eval["text"][:]) if len(data.eval) else None,
     )
+
+
+def _endless(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
+    for number in itertools.count():
+        empty = True
+        for row in _one_pass(config, converter, number):
+            empty = False
+            yield row
+        if empty:
+            raise RunError(f"data.path={config.data.path}: no row of it is left to train on")
+
+
+def _one_pass(config: Config, converter: Converter, number: int) -> IterableDataset:
     rows = IterableDataset.from_generator(_rows, gen_kwargs={"config": config, "converter": converter})
     if strategy(config) == "sequential":
         return rows
-    return rows.shuffle(seed=config.seed, buffer_size=config.data.shuffle_buffer)
+    shuffled = rows.shuffle(seed=config.seed, buffer_size=config.data.shuffle_buffer)
+    shuffled.set_epoch(number)
+    return shuffled
 
 
 def _rows(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:

@@ -8,15 +8,19 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from sft_lab import checks, shared
+from sft_lab import checks, shared, wandb_sweep
 from sft_lab import model as models
 from sft_lab.console import say
 from sft_lab.errors import ConfigError, Interrupted, RunError
 from sft_lab.logs import run_log
 from sft_lab.schema import Config, SweepConfig
 from sft_lab.sweep import plan as plans
+from sft_lab.sweep import ranking, records, report, table, terminal
+from sft_lab.sweep.differences import shown
 from sft_lab.sweep.ledger import Outcome, SweepDirectory, Trial
 from sft_lab.sweep.plan import Candidate, Plan
+from sft_lab.sweep.ranking import Verdict
+from sft_lab.sweep.records import Comparison
 
 log = logging.getLogger("sft_lab")
 
@@ -155,8 +159,45 @@ def finish(trials: dict[str, Trial], outcomes: dict[str, Outcome], sweeper: Swee
         RunError: some failed.
     """
     sweep = sweeper.directory
-    failed = [trial for name, trial in trials.items() if not outcomes[name].done]
+    comparison = records.read([sweep.path])
+    verdict = ranking.best(comparison.records, *ranking.resolve(comparison))
+    report.write(comparison, verdict, sweep.report)
+    terminal.show(comparison, verdict)
+    terminal.say_verdict(verdict)
+    say(f"report: {sweep.report}")
+    _track(next(iter(trials.values())).config, sweep, sweeper.settings, comparison, verdict)
+    failed = [name for name in trials if not outcomes[name].done]
     if failed:
         raise RunError(
             f"sweep {sweep.name}: {len(failed)} of {len(trials)} trials failed; the same command tries them again"
         )
+
+
+def _track(
+    config: Config, sweep: SweepDirectory, settings: SweepConfig, comparison: Comparison, verdict: Verdict
+) -> None:
+    """The sweep's own run in W&B; an adapter is its best only where it is ahead of the others."""
+    rows = table.rows(comparison, verdict)
+    columns = ["rank", "name", "state", *comparison.keys, *table.metric_names(comparison, verdict), *table.COSTS]
+    values = [row | {key: shown(value) for key, value in row["config"].items()} | row["metrics"] for row in rows]
+    best = verdict.best
+    metadata = {"verdict": verdict.sentence, "metrics": best.metrics, "config": best.config} if best else {}
+    told = wandb_sweep.record_sweep(
+        config.tracking,
+        sweep.path,
+        sweep.name,
+        columns,
+        [[row.get(column) for column in columns] for row in values],
+        report=sweep.report,
+        best=(best.path / "adapter", best.name, metadata) if best else None,
+        link_to=settings.link_best_to,
+        summary={
+            "objective": verdict.objective,
+            "direction": verdict.direction,
+            "trials": len(rows),
+            "verdict": verdict.sentence,
+            **({f"best/{name}": value for name, value in best.metrics.items()} if best else {}),
+        },
+    )
+    if told:
+        say(told)

@@ -149,8 +149,6 @@ class OptunaSweeper(GridSweeper):
 
     def _ask(self, study: optuna.Study) -> tuple[int, Trial | None]:
         """The next trial, planned and frozen; None for one that cannot run, which the study is told."""
-        from optuna.trial import TrialState
-
         study.sampler = studies.sampler_of(self.sampler, self.seed, len(study.trials), self.space)
         asked = study.ask(self.space)
         varied = [f"{key}={asked.params[key]}" for key in self.space]
@@ -159,7 +157,7 @@ class OptunaSweeper(GridSweeper):
             trial = plans.checked(candidate, self.directory, self.prepared)
         if trial is None:
             say(f"left out: {' '.join(varied)}: {'; '.join(candidate.problems)}")
-            study.tell(asked, state=TrialState.FAIL)
+            self._tell(study, asked.number, Outcome("", "failed"))
             left_out = [*self.directory.read()["left_out"], plans.left_out(candidate)]
             self.directory.write(left_out=left_out)
             return asked.number, None
@@ -178,13 +176,16 @@ class OptunaSweeper(GridSweeper):
         return asked.number, trial
 
     def _tell(self, study: optuna.Study, number: int, outcome: Outcome) -> None:
+        from optuna.samplers import RandomSampler
         from optuna.trial import TrialState
 
+        study.sampler = RandomSampler()  # the grid's stops Optuna's own loop after its last trial
         if outcome.state == "pruned":
             study.tell(number, state=TrialState.PRUNED)
             return
-        result = self.directory.run(outcome.trial).result
-        value = read_json(result)["metrics"].get(self.settings.objective) if outcome.done else None
+        value = None
+        if outcome.done:
+            value = read_json(self.directory.run(outcome.trial).result)["metrics"].get(self.settings.objective)
         if value is None or not math.isfinite(value):
             study.tell(number, state=TrialState.FAIL)
         else:

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from tests.bench.million import million
 from tests.bench.packing import packing
 from tests.bench.startup import startup
+from tests.bench.sweep import memory, sweep
 
 BENCHES: dict[str, Callable[[], None]] = {
     "startup": startup,
     "packing": packing,
     "million": million,
+    "sweep": sweep,
+    "memory": memory,
 }
 
 

@@ -170,6 +170,8 @@ def test_what_changes_no_token_is_no_miss(tmp_path: Path, override: str) -> None
         ("data.columns={prompt: completion}", "format"),
         ("chat_template.name=zephyr", "template"),
         ("data.train_rows=3", "train_rows"),
+        ("data.eval_rows=1", "eval_rows"),  # and no word of the seed, which nothing had asked for before
+        ("data.streaming=true", "streaming"),  # nor of its contents, of which nothing is known then
     ],
 )
 def test_what_changes_tokens_is_named(tmp_path: Path, override: str, named: str) -> None:

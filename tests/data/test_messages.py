@@ -131,6 +131,8 @@ def test_the_completion_is_the_last_answer(messages: list[dict[str, Any]], start
         ([USER, CALLING, TOOL, ASSISTANT, TOOL, ASSISTANT], ["tool_without_call"]),
         ([USER, ASSISTANT, USER], ["ends_with_user"]),
         ([USER, CALLING, TOOL], ["ends_with_user"]),
+        ([{**USER, "content": " \n"}, ASSISTANT], ["empty_question"]),
+        ([{**SYSTEM, "content": ""}, USER, CALLING, {**TOOL, "content": ""}, ASSISTANT], []),
         ([USER, {**ASSISTANT, "content": " \n"}], ["empty_answer"]),
         ([USER, {**ASSISTANT, "content": "", "weight": 0}, USER, ASSISTANT], []),
         (

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback
 
 from sft_lab import trainer as trainers
 from sft_lab.data import streaming
@@ -32,10 +35,9 @@ def config(path: Path, *overrides: str) -> Config:
     return config_of(f"data.path={path}", *settings, *overrides)
 
 
-def drawn(config: Config, epoch: int = 0) -> list[list[int]]:
-    rows = streaming.training_rows(config, prepare(config))
-    rows.set_epoch(epoch)
-    return [row["input_ids"] for row in rows]
+def drawn(config: Config, number: int = 0) -> list[list[int]]:
+    """The tokens of one pass."""
+    return [row["input_ids"] for row in streaming.one_pass(config, prepare(config), number)]
 
 
 def test_a_sequential_stream_is_what_would_have_been_prepared(tmp_path: Path) -> None:
@@ -44,7 +46,7 @@ def test_a_sequential_stream_is_what_would_have_been_prepared(tmp_path: Path) ->
     assert drawn(config(path, "trainer.train_sampling_strategy=sequential")) == whole.train["input_ids"][:]
 
 
-def test_its_order_is_the_seeds_and_the_epochs(tmp_path: Path) -> None:
+def test_its_order_is_the_seeds_and_the_passes(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", ROWS)
     one, again, later, other = (
         drawn(config(path)),
@@ -58,18 +60,29 @@ def test_its_order_is_the_seeds_and_the_epochs(tmp_path: Path) -> None:
     assert sorted(one) == sorted(later) == sorted(other)
 
 
-def test_a_second_pass_from_the_start_is_the_first_again(tmp_path: Path) -> None:
+def test_pass_follows_on_pass_the_same_from_every_start(tmp_path: Path) -> None:
     """A resumed run reads the stream from its start and passes over what was trained."""
     settings = config(written(tmp_path / "rows.jsonl", ROWS))
     rows = streaming.training_rows(settings, prepare(settings))
-    one, two = ([row["input_ids"] for row in rows] for _ in range(2))
-    assert one == two
+    for _ in range(2):
+        read = [row["input_ids"] for row in itertools.islice(rows, 3 * len(ROWS))]
+        assert read == [*drawn(settings), *drawn(settings, 1), *drawn(settings, 2)]
+
+
+def test_a_stream_of_nothing_ends(tmp_path: Path) -> None:
+    """A file that another one replaced after it was looked at."""
+    path = written(tmp_path / "rows.jsonl", ROWS)
+    settings = config(path)
+    rows = streaming.training_rows(settings, prepare(settings))
+    written(path, [{**row, "weight": 0} for row in ROWS])
+    with pytest.raises(RunError, match=r"rows\.jsonl: no row of it is left to train on"):
+        list(rows)
 
 
 def test_a_stream_is_packed(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", ROWS)
     settings = config(path, "trainer.packing=true")
-    packed = list(streaming.training_rows(settings, prepare(settings)))
+    packed = list(streaming.one_pass(settings, prepare(settings), 0))
     documents = []
     for row in packed:
         assert len(row["input_ids"]) == len(row["labels"]) == sum(row["seq_lengths"]) <= 128
@@ -128,7 +141,7 @@ def test_a_row_of_a_stream_that_gives_a_held_out_row_away(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_a_model_trains_on_it(tmp_path: Path, packing: str) -> None:
-    """On its rows, in its order, and on those of the next epoch where max_steps reaches beyond its end."""
+    """On its rows, in its order, and on those of the next pass where max_steps reaches beyond its end."""
     path = written(tmp_path / "rows.jsonl", ROWS)
     sizes = ["trainer.per_device_train_batch_size=4", "trainer.max_steps=16"]
     settings = config(path, f"trainer.packing={packing}", *sizes)
@@ -138,12 +151,45 @@ def test_a_model_trains_on_it(tmp_path: Path, packing: str) -> None:
     trainer.train()
     assert trainer.state.global_step == len(seen) == 16
     collator = trainers.Collator(data.tokenizer.pad_token_id, trainers.flattens(settings))
-    expected = []
-    for epoch in range(3):
-        rows = streaming.training_rows(settings, data)
-        rows.set_epoch(epoch)
-        items = list(rows)
-        batches = [items[start : start + 4] for start in range(0, len(items), 4)]
-        expected += [collator(batch)["input_ids"].tolist() for batch in batches]
-    assert len(batches) < 16 < len(expected)
-    assert seen == expected[:16]
+    passes = [list(streaming.one_pass(settings, data, number)) for number in range(8)]
+    assert len(passes[0]) < 16 * 4
+    rows = list(itertools.chain(*passes))[: 16 * 4]
+    assert seen == [collator(rows[start : start + 4])["input_ids"].tolist() for start in range(0, len(rows), 4)]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_in_a_later_pass_it_is_as_if_never_stopped(tmp_path: Path, accumulation: int, workers: int) -> None:
+    """Passes of 4.25 steps; stopped after step 7, in the second, and gone on with to step 12, in the third."""
+    path = written(tmp_path / "rows.jsonl", ROWS[:17])
+    sizes = [
+        f"trainer.per_device_train_batch_size={4 // accumulation}",
+        "trainer.max_steps=12",
+        "peft.lora_dropout=0.1",
+    ]
+    more = [f"trainer.gradient_accumulation_steps={accumulation}", f"trainer.dataloader_num_workers={workers}"]
+    settings = config(path, *sizes, *more)
+    data = prepare(settings)
+
+    def train(name: str, stop: int = 0, checkpoint: str | None = None) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        trainer = trainers.build(settings, RunDirectory(tmp_path / name), data, [StopAt(stop)])
+        seen = watch(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return seen, {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    straight, expected = train("straight")
+    before, _ = train("stopped", stop=7)
+    after, weights = train("stopped", checkpoint=str(tmp_path / "stopped" / "checkpoints" / "checkpoint-7"))
+    assert (len(before), len(after)) == (7 * accumulation, 5 * accumulation)
+    assert before + after == straight
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)

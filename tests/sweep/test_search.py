@@ -1,0 +1,146 @@
+"""Optuna as the sweeper: it finds what is better, and forgets nothing when it is killed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from tests.conftest import Cli
+from tests.sweep.test_sweep import UNTRACKED, begun, states, trials
+from tests.test_run import check, lines, read
+
+pytestmark = pytest.mark.e2e
+
+SEARCH = ["-m", *UNTRACKED, "sweep.name=s", "hydra/sweeper=optuna"]
+RATE = "trainer.learning_rate=tag(log,interval(1e-5,1e-1))"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def study_of(tmp_path: Path) -> optuna.Study:
+    journal = JournalFileBackend(str(tmp_path / "outputs" / "sweeps" / "s" / "study.log"))
+    return optuna.load_study(study_name="s", storage=JournalStorage(journal))
+
+
+def told(study: optuna.Study) -> list[tuple[TrialState, dict[str, Any]]]:
+    return [(trial.state, trial.params) for trial in study.trials]
+
+
+def test_n_trials_is_a_target_and_a_second_run_goes_on(cli: Cli, tmp_path: Path) -> None:
+    pairs = "peft={r:4,lora_alpha:8},{r:8,lora_alpha:32}"  # values that move together
+    check(cli(*SEARCH, RATE, pairs, "hydra.sweeper.n_trials=3"))
+    first = told(study_of(tmp_path))
+    assert [state for state, _ in first] == [TrialState.COMPLETE] * 3
+    assert states(tmp_path) == ["completed"] * 3
+    for trial in trials(tmp_path).values():
+        peft = read(trial / "preflight.json")["config"]["peft"]
+        assert (peft["r"], peft["lora_alpha"]) in ((4, 8), (8, 32))
+    done = check(cli(*SEARCH, RATE, pairs, "hydra.sweeper.n_trials=3"))
+    assert "3 trials (0 to train)" in done.stdout
+    check(cli(*SEARCH, RATE, pairs, "hydra.sweeper.n_trials=5"))
+    second = told(study_of(tmp_path))
+    assert second[:3] == first
+    assert len({str(params) for _, params in second}) == 5  # seeded alike in both processes, it would repeat itself
+    for trial in study_of(tmp_path).trials:
+        value = read(list(trials(tmp_path).values())[trial.number] / "result.json")["metrics"]["eval_loss"]
+        assert trial.value == value
+
+
+def test_a_killed_search_asks_for_the_killed_trial_again(cli: Cli, tmp_path: Path) -> None:
+    words = [*SEARCH, RATE, "hydra.sweeper.n_trials=3", "trainer.max_steps=60", "trainer.save_steps=10"]
+    process = begun(words, tmp_path, "trial 2/3")
+    assert process.stdout is not None
+    next(line for line in process.stdout if re.match(r"step 3\d/", line))
+    process.kill()
+    process.communicate()
+    assert [state for state, _ in told(study_of(tmp_path))] == [TrialState.COMPLETE, TrialState.RUNNING]
+    again = check(cli(*words))
+    assert "going on from step" in again.stdout
+    assert states(tmp_path) == ["completed"] * 3
+    ended = study_of(tmp_path).trials
+    assert [trial.state for trial in ended] == [TrialState.COMPLETE, TrialState.FAIL, *[TrialState.COMPLETE] * 2]
+    assert ended[2].params == ended[1].params
+
+
+def test_a_failure_is_told_and_tried_again_by_the_next_run(cli: Cli, tmp_path: Path) -> None:
+    words = [*SEARCH, "hydra.sweeper.sampler=grid", "trainer.learning_rate=1e-3,1e30", "trainer.max_grad_norm=0"]
+    result = check(cli(*words), code=1)
+    assert "1 of 2 trials failed" in result.stderr
+    assert {state for state, _ in told(study_of(tmp_path))} == {TrialState.COMPLETE, TrialState.FAIL}
+    again = check(cli(*words), code=1)
+    assert "trainer.learning_rate=1e+30" in again.stdout
+    assert "trainer.learning_rate=0.001" not in again.stdout
+    assert len(study_of(tmp_path).trials) == 3
+
+
+@pytest.mark.parametrize("pruner", ["median", "successive_halving"])
+def test_hopeless_trials_are_stopped_early(cli: Cli, tmp_path: Path, pruner: str) -> None:
+    """Rates from sensible to hopeless, the sensible ones first."""
+    rates = "trainer.learning_rate=2e-2,1.5e-2,1e-2,2.5e-2,1e-6,2e-6,3e-6,4e-6"
+    words = [
+        *SEARCH, rates, "hydra.sweeper.sampler=grid", f"hydra.sweeper.pruner={pruner}", "trainer.max_steps=16",
+        "trainer.eval_steps=2", "trainer.lr_scheduler_type=constant", "hydra.sweeper.n_trials=8", "hydra.sweeper.seed=5",
+    ]  # fmt: skip
+    check(cli(*words))
+    found = {name: read(trial / "status.json") for name, trial in trials(tmp_path).items()}
+    pruned = {name: status["pruned_at_step"] for name, status in found.items() if status.get("pruned_at_step")}
+    assert pruned
+    assert max(pruned.values()) < 16
+    states_told = {trial.params["trainer.learning_rate"]: trial.state for trial in study_of(tmp_path).trials}
+    for name, status in found.items():
+        rate = name.split("=")[1]
+        assert (states_told[rate] == TrialState.PRUNED) == (name in pruned)
+        directory = trials(tmp_path)[name]
+        trained = [event["step"] for event in lines(directory / "metrics.jsonl") if event["split"] == "train"]
+        assert max(trained) == pruned.get(name, 16)
+        assert (directory / "adapter").exists() == (name not in pruned)
+        if name in pruned:
+            assert status["state"] == "interrupted"
+            assert "is behind other trials" in status["error"]
+    again = check(cli(*words))
+    assert "trial " not in again.stdout.split("search s:")[1].split("\n", 1)[1].split("best")[0]
+
+
+@pytest.mark.parametrize("sampler", ["random", "cmaes"])
+def test_other_samplers_and_a_database(cli: Cli, tmp_path: Path, sampler: str) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    words = [
+        *SEARCH, RATE, "peft.r=range(2,9,2)", f"hydra.sweeper.sampler={sampler}", f"hydra.sweeper.storage={storage}",
+    ]  # fmt: skip
+    check(cli(*words, "hydra.sweeper.n_trials=2"))
+    check(cli(*words, "hydra.sweeper.n_trials=3"))
+    study = optuna.load_study(study_name="s", storage=storage)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    assert {trial.params["peft.r"] for trial in study.trials} <= {2, 4, 6, 8}
+    assert len({trial.params["trainer.learning_rate"] for trial in study.trials}) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["hydra.sweeper.sampler=tep", RATE], "hydra.sweeper.sampler=tep : not allowed; did you mean tpe?"),
+        (["hydra.sweeper.pruner=median", RATE], "with trainer.eval_steps=0 nothing is measured during training"),
+        (["hydra.sweeper.sampler=grid", RATE], "sampler=grid needs single values"),
+        (["hydra.sweeper.sampler=cmaes", "peft=lora_r8,lora_r16"], "there are only choices"),
+        (["hydra.sweeper.n_trials=0", RATE], "hydra.sweeper.n_trials=0 : too small"),
+        (["data.eval_rows=0", RATE], "no rows are held out"),
+        (["sweep.objective=train_loss", RATE], "sweep.objective=train_loss"),
+        (["trainer.learning_rte=interval(1e-5,1e-3)"], "did you mean trainer.learning_rate?"),
+        (["trainer.learning_rate=interval(-1,1e-3)"], "trainer.learning_rate=-1.0 : too small"),
+        ([], "nothing varies"),
+    ],
+)
+def test_wrong_searches(cli: Cli, tmp_path: Path, words: list[str], told: str) -> None:
+    result = check(cli(*SEARCH, *words), code=2)
+    assert told in result.stderr
+    assert list(tmp_path.iterdir()) == []
