@@ -37,6 +37,7 @@ from sft_lab.schema import Config, SweepConfig
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 _NOT_TRAINED = ("preflight", "sweep", "tracking")  # sections that change nothing of what comes out
 
 
@@ -196,7 +197,7 @@ def _read_sweep_file(hydra: Hydra, command: CommandLine) -> None:
             with_log_configuration=False,
             validate_sweep_overrides=False,
         )
-    except (HydraException, OmegaConfBaseException, ValueError):
+    except COMPOSE_ERRORS:
         return  # told with the other problems
     command.params = sweep_params(cfg)
     command.multirun = command.multirun or cfg.hydra.mode == RunMode.MULTIRUN
@@ -263,7 +264,7 @@ def _key_of(problem: str) -> str:
 def _compose_valid(loader: ConfigLoader, overrides: Sequence[str], name: str) -> tuple[DictConfig | None, list[str]]:
     """Compose what is valid of `overrides`, and tell what is not."""
     if not any(text.startswith(("+", "~")) for text in overrides):  # those pass Hydra's own checks
-        with contextlib.suppress(HydraException, OmegaConfBaseException, ValueError):
+        with contextlib.suppress(*COMPOSE_ERRORS):
             return hydra_compose(config_name=name, overrides=list(overrides)), []
     valid: list[str] = []
     problems: list[str] = []
@@ -286,7 +287,7 @@ def _compose_valid(loader: ConfigLoader, overrides: Sequence[str], name: str) ->
 def _try_compose(overrides: list[str], name: str, problems: list[str]) -> DictConfig | None:
     try:
         return hydra_compose(config_name=name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except COMPOSE_ERRORS as error:
         cause = error.__cause__ or error
         lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
         key = re.search(r"Key .* not in .*full_key: (\S+)", " ".join(lines))

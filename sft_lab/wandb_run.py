@@ -8,6 +8,7 @@ Tracking is a guest of the training: an unreachable server costs seconds at the 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -15,10 +16,13 @@ import re
 import secrets
 import shlex
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
+
+import psutil
 
 from sft_lab import wandb_file
 from sft_lab.errors import ConfigError, RunError
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TAG_CHARACTERS = 64  # the client refuses a longer tag
+_GRACE_S = 5  # beyond finish_timeout_s, which the client keeps to by itself most often
 
 
 class WandbTracker(Tracker):
@@ -127,7 +132,7 @@ class WandbTracker(Tracker):
         folder = shlex.quote(str(Path(self.run.dir).parent))
         try:
             with self._surviving():
-                self.run.finish(exit_code=exit_code)
+                _finish(self.run, exit_code, self._config.finish_timeout_s + _GRACE_S)
         except TimeoutError:
             self.message = (
                 f"W&B upload not complete after {self._config.finish_timeout_s} s (tracking.finish_timeout_s); "
@@ -137,6 +142,35 @@ class WandbTracker(Tracker):
         if self._lost:
             self.message = f"W&B: the client's service ended early; upload what it wrote: wandb sync {folder}"
             _start_session_anew()
+
+
+def _finish(wandb_run: wandb.Run, exit_code: int, timeout_s: int) -> None:
+    """End the run in the client; with the client's service, where its own timeout does not end it.
+
+    It doesn't while an artifact is on its way to a server that fails: then `finish` waits for as long as that lasts.
+
+    Raises:
+        TimeoutError: not everything was uploaded. It is on disk.
+    """
+    done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def finish() -> None:
+        try:
+            done.set_result(wandb_run.finish(exit_code=exit_code))
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=finish, daemon=True).start()
+    try:
+        done.result(timeout_s)
+    except TimeoutError:
+        if not done.done():
+            for process in psutil.Process().children():
+                if process.name() == "wandb-core":
+                    process.kill()
+                    process.wait()
+            _start_session_anew()
+        raise
 
 
 def artifact_name(text: str) -> str:

@@ -146,7 +146,7 @@ def _free_bytes(sweep: SweepDirectory) -> int:
 
 def tell(plan: Plan, sweep: SweepDirectory) -> None:
     """The plan as a table, and its cost in a line."""
-    console.show_table(["trial", "what becomes of it", "steps", "about s", "directory"], _rows(plan))
+    console.show_table(["trial", "what becomes of it", "steps", "about s"], _rows(plan))
     if len(plan.trials) > _LISTED:
         console.say(f"and {len(plan.trials) - _LISTED} trials more")
     tell_left_out(plan)
@@ -163,7 +163,7 @@ def _rows(plan: Plan) -> list[list[str]]:
     for trial in plan.trials[:_LISTED]:
         numbers = trial.report.numbers if trial.report else {}
         seconds = f"{cost.training_s(trial.config, numbers):.0f}" if numbers else ""
-        rows.append([trial.label, _what_becomes(trial.outcome), str(numbers.get("steps", "")), seconds, trial.id])
+        rows.append([trial.label, _what_becomes(trial.outcome), str(numbers.get("steps", "")), seconds])
     return rows
 
 

@@ -13,12 +13,10 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError, Leave, SftLabError
@@ -94,7 +92,7 @@ class GridSweeper(Sweeper):
             config = configs.to_config(cfg)
         except ConfigError as error:
             return Candidate(list(varied), list(words), None, error.problems)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except configs.COMPOSE_ERRORS as error:
             return Candidate(list(varied), list(words), None, [str(error).strip().splitlines()[0]])
         config.sweep.name = self.directory.name
         tracking = config.tracking

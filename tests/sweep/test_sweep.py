@@ -264,3 +264,23 @@ def test_wrong_settings_of_a_sweep(cli: Cli, tmp_path: Path, words: list[str], t
     result = check(cli("-m", *UNTRACKED, "evaluation.rows=4", "peft=lora_r8,lora_r16", *words), code=2)
     assert told in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_of_a_trial_is_kept_in_memory(tmp_path: Path) -> None:
+    """Two that finish and one that fails: afterwards the process holds no model, no trainer and no optimizer."""
+    program = (
+        "import gc, sys, torch, trl, transformers\n"
+        "from sft_lab.__main__ import main\n"
+        "print(main(sys.argv[1:]))\n"
+        "gc.collect()\n"
+        "kinds = (transformers.PreTrainedModel, trl.SFTTrainer, torch.optim.Optimizer)\n"
+        "print('left:', [type(o).__name__ for o in gc.get_objects() if isinstance(o, kinds)])\n"
+    )
+    words = ["-m", *UNTRACKED, "sweep.name=s", *DIVERGES]
+    result = check(
+        subprocess.run(
+            [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+    )
+    assert result.stdout.splitlines()[-1] == "left: []", result.stdout[-2000:]
+    assert states(tmp_path) == ["completed", "failed", "completed"]
