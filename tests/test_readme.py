@@ -31,11 +31,12 @@ def test_every_command_is_one(command: list[str], tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     for name in ("chats.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("{}\n")
+    (tmp_path / "multirun_examples").symlink_to(ROOT / "multirun_examples")
     words = command[3:]
     if words and words[0] in ("plan", "inspect"):
         words = [word for word in words[1:] if "=" in word]
     if words and words[0] in VERBS and words[0] != "train":
-        assert words[0] == "env" or words[1] == "RUN_DIR"
+        assert words[0] in ("env", "compare") or words[1] == "RUN_DIR"
         overrides = [word for word in words[2:] if word.startswith("data")]
         if overrides:
             configs.compose(overrides)

@@ -135,7 +135,12 @@ def test_a_trial_that_fails_leaves_the_others_alone(
 def begun(words: list[str], cwd: Path, shown: str) -> subprocess.Popen[str]:
     """A command that has shown a line which matches `shown`, and goes on."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "sft_lab", *words], cwd=cwd, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "sft_lab", *words],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
