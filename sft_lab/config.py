@@ -37,6 +37,7 @@ from sft_lab.schema import Config, SweepConfig
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+SWEEPERS = "hydra_plugins.sft_lab."  # where Hydra is told that our sweepers are
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 _NOT_TRAINED = ("preflight", "sweep", "tracking")  # sections that change nothing of what comes out
 
@@ -51,15 +52,8 @@ def register() -> None:
         OmegaConf.set_struct(OmegaConf.select(schema, key), False)  # so that trainer.extra.key=value needs no `+`
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("random_id", lambda: runs.RUN_ID, replace=True)
-    OmegaConf.register_new_resolver("trial_id", _trial_id, replace=True)
     OmegaConf.register_new_resolver("mul", lambda *numbers: math.prod(numbers), replace=True)
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)
-
-
-def _trial_id(*, _root_: DictConfig) -> str:
-    """The name of the trial that a composed config is, whatever was typed."""
-    own = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in ("hydra", *_NOT_TRAINED)])
-    return trial_name(_agreed(_to_dataclasses(_schema_with(own))))  # unchecked: a bad trial fails as a trial, not here
 
 
 def trial_name(config: Config) -> str:
@@ -67,13 +61,6 @@ def trial_name(config: Config) -> str:
     trained = {key: value for key, value in to_dict(config).items() if key not in _NOT_TRAINED}
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
     return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
-
-
-def _schema_with(cfg: DictConfig) -> DictConfig:
-    """A config without what trains nothing, made complete."""
-    merged = OmegaConf.merge(OmegaConf.structured(Config(sweep=SweepConfig(name="-"))), cfg)
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def groups(conf_dir: Path = CONF_DIR) -> dict[str, dict[str, str]]:
@@ -187,7 +174,7 @@ def _read_sweep_file(hydra: Hydra, command: CommandLine) -> None:
     """Add to the command what a file of multirun_examples/ says: that it is a sweep, and of what.
 
     Raises:
-        ConfigError: the file varies something and would train a single run.
+        ConfigError: the file varies something and would train a single run; or a sweeper that is none of ours.
     """
     try:
         cfg = hydra.compose_config(
@@ -199,6 +186,9 @@ def _read_sweep_file(hydra: Hydra, command: CommandLine) -> None:
         )
     except COMPOSE_ERRORS:
         return  # told with the other problems
+    sweeper = str(cfg.hydra.sweeper._target_).removeprefix(SWEEPERS)
+    if command.multirun and sweeper not in ("GridSweeper", "OptunaSweeper"):
+        raise ConfigError(f"hydra/sweeper : {sweeper} knows nothing of runs that go on (allowed: grid, optuna)")
     command.params = sweep_params(cfg)
     command.multirun = command.multirun or cfg.hydra.mode == RunMode.MULTIRUN
     if command.params and not command.multirun:
@@ -291,6 +281,9 @@ def _try_compose(overrides: list[str], name: str, problems: list[str]) -> DictCo
         cause = error.__cause__ or error
         lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
         key = re.search(r"Key .* not in .*full_key: (\S+)", " ".join(lines))
+        if key and key[1].startswith("hydra"):
+            problems.append(f"{key[1]} : no such key of Hydra's (--hydra-help tells more)")
+            return None
         if key:  # a config file's mistake: Hydra names the file first
             problems.append(checks.unknown_key(f"{key[1]} {lines[0].split(':')[0]}", key[1]))
             return None

@@ -52,7 +52,7 @@ def require(config: TrackingConfig) -> None:
         ConfigError: the tracker's package is not installed, or tracking.mode=online and there is no API key.
     """
     if config.method == "wandb" and config.mode == "online":
-        from sft_lab.wandb_run import require_key
+        from sft_lab.wandb_client import require_key
 
         require_key()
     elif config.method not in ("none", "wandb"):

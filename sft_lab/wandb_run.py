@@ -8,27 +8,23 @@ Tracking is a guest of the training: an unreachable server costs seconds at the 
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import logging
 import os
 import re
-import secrets
 import shlex
 import shutil
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-import psutil
-
-from sft_lab import wandb_file
+from sft_lab import wandb_client, wandb_file
 from sft_lab.errors import ConfigError, RunError
-from sft_lab.runs import RunDirectory, write_text
+from sft_lab.runs import RunDirectory
 from sft_lab.schema import TrackingConfig
 from sft_lab.tracking import Tracker
+from sft_lab.wandb_client import first_line, place_of, require_key, start_session, start_session_anew
 
 if TYPE_CHECKING:
     import wandb
@@ -36,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TAG_CHARACTERS = 64  # the client refuses a longer tag
-_GRACE_S = 5  # beyond finish_timeout_s, which the client keeps to by itself most often
 
 
 class WandbTracker(Tracker):
@@ -132,7 +127,7 @@ class WandbTracker(Tracker):
         folder = shlex.quote(str(Path(self.run.dir).parent))
         try:
             with self._surviving():
-                _finish(self.run, exit_code, self._config.finish_timeout_s + _GRACE_S)
+                wandb_client.finish(self.run, exit_code, self._config.finish_timeout_s)
         except TimeoutError:
             self.message = (
                 f"W&B upload not complete after {self._config.finish_timeout_s} s (tracking.finish_timeout_s); "
@@ -141,45 +136,12 @@ class WandbTracker(Tracker):
             logger.warning(self.message)
         if self._lost:
             self.message = f"W&B: the client's service ended early; upload what it wrote: wandb sync {folder}"
-            _start_session_anew()
-
-
-def _finish(wandb_run: wandb.Run, exit_code: int, timeout_s: int) -> None:
-    """End the run in the client; with the client's service, where its own timeout does not end it.
-
-    It doesn't while an artifact is on its way to a server that fails: then `finish` waits for as long as that lasts.
-
-    Raises:
-        TimeoutError: not everything was uploaded. It is on disk.
-    """
-    done: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def finish() -> None:
-        try:
-            done.set_result(wandb_run.finish(exit_code=exit_code))
-        except Exception as error:
-            done.set_exception(error)
-
-    threading.Thread(target=finish, daemon=True).start()
-    try:
-        done.result(timeout_s)
-    except TimeoutError:
-        if not done.done():
-            for process in psutil.Process().children():
-                if process.name() == "wandb-core":
-                    process.kill()
-                    process.wait()
-            _start_session_anew()
-        raise
+            start_session_anew()
 
 
 def artifact_name(text: str) -> str:
     """`text` with what W&B allows in an artifact's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:128]
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def open_wandb(
@@ -200,7 +162,7 @@ def open_wandb(
     if config.mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
         return Tracker("W&B off: WANDB_MODE=disabled")
     arguments = _init_arguments(config, run, resolved)
-    _start_session()
+    start_session()
     if reason := _wish_for_offline(config):
         return _offline(config, run, arguments, reason)
     try:
@@ -226,7 +188,7 @@ def _init_arguments(config: TrackingConfig, run: RunDirectory, resolved: Mapping
         finish_timeout_raises=True,
     )
     return {
-        **_place(config, run),
+        **place_of(config, run),
         "group": config.group or None,
         "job_type": config.job_type,
         "name": config.name or run.path.name,
@@ -239,67 +201,12 @@ def _init_arguments(config: TrackingConfig, run: RunDirectory, resolved: Mapping
     }
 
 
-def _place(config: TrackingConfig, run: RunDirectory) -> dict[str, Any]:
-    """Entity, project and id of the W&B run. The id outlives the process: the resumed run is the same W&B run.
-
-    Under `wandb agent` it is the run that the agent has made for this process to fill; the environment says which, and
-    `wandb.init` takes no other then. Resumed by hand later it is still that one, in the sweep's project.
-    """
-    id_file, sweep_file = run.wandb / "run_id", run.wandb / "sweep"
-    run.wandb.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("WANDB_SWEEP_ID"):
-        write_text(id_file, os.environ["WANDB_RUN_ID"] + "\n")
-        write_text(sweep_file, "/".join(os.environ.get(f"WANDB_{name}", "") for name in ("ENTITY", "PROJECT")) + "\n")
-        return {}
-    if not id_file.exists():
-        write_text(id_file, secrets.token_hex(4) + "\n")
-    entity, project = config.entity, config.project
-    if sweep_file.exists():
-        entity, project = sweep_file.read_text(encoding="utf-8").strip().split("/")
-    return {"entity": entity or None, "project": project, "id": id_file.read_text(encoding="utf-8").strip()}
-
-
-def _start_session() -> None:
-    """Prepare the client of this process."""
-    # Its telemetry prints on our terminal and delays the exit where the server is down.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
-    # The session's mode is not the run's, but outside mode online `wandb.login` looks for no key.
-    wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
-
-
-def _start_session_anew() -> None:
-    import wandb
-
-    with contextlib.suppress(ConnectionError):  # of a service that is gone
-        wandb.teardown()
-    wandb.run = None  # such a one leaves its run behind, and with that `wandb.login` looks for no key
-    _start_session()
-
-
 def _wish_for_offline(config: TrackingConfig) -> str:
     if config.mode == "offline":
         return "tracking.mode=offline"
     if config.mode == "auto" and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     return ""
-
-
-def require_key() -> None:
-    """Ask W&B for the key that it knows of: environment, netrc, its settings. The server is not asked yet.
-
-    Raises:
-        ConfigError: there is none, or it has another form than keys have.
-    """
-    import wandb
-
-    try:
-        found = wandb.login(prompt=False, verify=False)
-    except wandb.errors.AuthenticationError as error:
-        raise ConfigError(str(error)) from error
-    if not found:
-        raise ConfigError("there is no API key: set WANDB_API_KEY or run `wandb login`")
 
 
 def _online(config: TrackingConfig, run: RunDirectory, arguments: dict[str, Any]) -> WandbTracker:
@@ -310,7 +217,7 @@ def _online(config: TrackingConfig, run: RunDirectory, arguments: dict[str, Any]
         wandb_run = wandb.init(mode="online", **arguments)
     except (wandb.errors.Error, TimeoutError) as error:
         failure = _init_failure(error, config)
-        _start_session_anew()  # the old one still holds the run's id, which the offline run needs
+        start_session_anew()  # the old one still holds the run's id, which the offline run needs
         for attempt in set(run.wandb.glob("run-*")) - before:
             shutil.rmtree(attempt)
         raise failure from error

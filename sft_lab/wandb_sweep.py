@@ -9,7 +9,8 @@ from typing import Any
 
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import TrackingConfig
-from sft_lab.wandb_run import WandbTracker, first_line, open_wandb
+from sft_lab.wandb_client import first_line
+from sft_lab.wandb_run import WandbTracker, open_wandb
 
 Best = tuple[Path, str, Mapping[str, Any]]  # the adapter's directory, its trial, what to say of it
 

@@ -557,8 +557,7 @@ def test_a_frozen_config_of_another_version_is_refused_with_its_file(tmp_path: P
 
 
 def trial_id(*words: str) -> str:
-    """What a trial's directory would be called; notes are no part of a trial's identity, so they can carry it."""
-    return str(configs.compose([*words, "tracking.notes='${trial_id:}'"]).tracking.notes)
+    return configs.trial_name(build(*words))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ LAYERS: dict[str, int] = {
             "integrations",
             "tracking",
             "trainer",
+            "wandb_client",
             "wandb_run",
             "wandb_sweep",
             "callbacks",

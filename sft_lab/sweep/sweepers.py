@@ -32,7 +32,7 @@ def register() -> None:
 
     for sweeper in (GridSweeper, OptunaSweeper):
         Plugins.instance().register(sweeper)
-        Plugins.instance().class_name_to_class[f"hydra_plugins.sft_lab.{sweeper.__name__}"] = sweeper
+        Plugins.instance().class_name_to_class[f"{configs.SWEEPERS}{sweeper.__name__}"] = sweeper
 
 
 class GridSweeper(Sweeper):
