@@ -20,6 +20,8 @@ from sft_lab.runs import RunDirectory, write_text
 from sft_lab.schema import TrackingConfig
 from sft_lab.tracking import Tracker
 
+logger = logging.getLogger(__name__)
+
 _PACKAGES = {"tensorboard": ["tensorboard"], "trackio": ["trackio"], "mlflow": ["mlflow"]}
 _DATABASE = ["sqlalchemy", "alembic"]  # what MLflow's client needs besides itself for a file of its own
 _LACKING = "data lineage, samples and the adapter are in the run directory only"
@@ -156,7 +158,10 @@ class MLflow(Tracker):
         write_text(kept, started.info.run_id + "\n")
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        self._mlflow.log_metrics(_numbers(values), step=values.get("steps", 0))
+        try:
+            self._mlflow.log_metrics(_numbers(values), step=values.get("steps", 0))
+        except self._mlflow.exceptions.MlflowException as error:  # its server may have gone since the start
+            logger.warning(f"MLflow has no record of the final metrics: {str(error).splitlines()[0]}")
 
     def finish(self, exit_code: int) -> None:
         if self._mlflow.active_run() is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import resource
@@ -43,6 +44,7 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks
         console.show_facts(_facts(config, run, data))
         _show_data(config, run, data, tracker)
         set_seed(config.seed)
+        _forget_peak_memory()
         progress = console.Progress()
         metrics = Metrics(run, tracker, progress, run.read_metrics())
         trainer = trainers.build(config, run, data, [metrics, Seal(run), stop, *callbacks, *tracker.callbacks])
@@ -231,6 +233,16 @@ def _record(
         f"adapter of {result['adapter_bytes'] / 1e6:.1f} MB in {run.adapter}"
     )
     return result
+
+
+def _forget_peak_memory() -> None:
+    """Begin a run's peak anew: a sweep's trials are of one process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not on Linux, or /proc is closed: the peak is then that of all trials so far
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_memory_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -77,6 +78,8 @@ def grid(candidates: Iterable[Candidate], sweeper: Sweeper) -> None:
 def drawn_up(candidates: Iterable[Candidate], sweeper: Sweeper, told: Callable[[Plan], str] | None = None) -> Plan:
     """The plan of a sweep, told at the terminal: as a table, or by the sentence that `told` gives."""
     sweep, settings = sweeper.directory, sweeper.settings
+    if "WANDB_SWEEP_ID" in os.environ:
+        raise ConfigError("-m : a W&B agent runs one trial at a time, and all of these would be that one (allowed: no -m)")
     with run_log():
         plan = plans.draw_up(candidates, sweep, settings.on_bad_trial)
         require_objective(settings, [trial.config for trial in plan.trials])
@@ -159,6 +162,8 @@ def finish(trials: dict[str, Trial], outcomes: dict[str, Outcome], sweeper: Swee
         RunError: some failed.
     """
     sweep = sweeper.directory
+    if not trials:
+        raise RunError(f"sweep {sweep.name}: no trial could run")
     comparison = records.read([sweep.path])
     verdict = ranking.best(comparison.records, *ranking.resolve(comparison))
     report.write(comparison, verdict, sweep.report)

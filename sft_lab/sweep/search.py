@@ -74,8 +74,8 @@ class OptunaSweeper(GridSweeper):
             )
         studies.require_known(self.sampler, self.pruner, self.space)
         for key, value in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
-            if value < 1:
-                raise ConfigError(f"hydra.sweeper.{key}={value} : too small (allowed: 1 and more)")
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"hydra.sweeper.{key}={value} : not allowed (allowed: 1, 2, 3, ...)")
         if self.sampler == "grid":
             self.n_trials = min(self.n_trials, math.prod(len(studies.grid_values(d)) for d in self.space.values()))
 

@@ -132,7 +132,7 @@ def test_other_samplers_and_a_database(cli: Cli, tmp_path: Path, sampler: str) -
         (["hydra.sweeper.pruner=median", RATE], "with trainer.eval_steps=0 nothing is measured during training"),
         (["hydra.sweeper.sampler=grid", RATE], "sampler=grid needs single values"),
         (["hydra.sweeper.sampler=cmaes", "peft=lora_r8,lora_r16"], "there are only choices"),
-        (["hydra.sweeper.n_trials=0", RATE], "hydra.sweeper.n_trials=0 : too small"),
+        (["hydra.sweeper.n_trials=0", RATE], "hydra.sweeper.n_trials=0 : not allowed (allowed: 1, 2, 3, ...)"),
         (["data.eval_rows=0", RATE], "no rows are held out"),
         (["sweep.objective=train_loss", RATE], "sweep.objective=train_loss"),
         (["trainer.learning_rte=interval(1e-5,1e-3)"], "did you mean trainer.learning_rate?"),

@@ -289,3 +289,20 @@ def test_nothing_of_a_trial_is_kept_in_memory(tmp_path: Path) -> None:
     )
     assert result.stdout.splitlines()[-1] == "left: []", result.stdout[-2000:]
     assert states(tmp_path) == ["completed", "failed", "completed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "varied"),
+    [
+        ("peft=glob(lora_r?)", ["peft=lora_r8"]),
+        ("peft=choice(lora_r8,none)", ["peft=lora_r8", "peft=none"]),
+        ("peft.r=range(2,9,3)", ["peft.r=2", "peft.r=5", "peft.r=8"]),
+        ("peft={r:2,lora_alpha:4},{r:4,lora_alpha:8}", ["peft={r:2,lora_alpha:4}", "peft={r:4,lora_alpha:8}"]),
+        ("trainer.packing=true,false", ["trainer.packing=True", "trainer.packing=False"]),
+        ("peft.target_modules=[q_proj],[q_proj,v_proj]", ["peft.target_modules=[q_proj]", "peft.target_modules=[q_proj,v_proj]"]),
+    ],
+)
+def test_every_way_to_write_values(cli: Cli, words: str, varied: list[str]) -> None:
+    result = check(cli("-m", *UNTRACKED, "sweep.name=s", words, "sweep.dry_run=true"))
+    table = [line.split("  ")[0] for line in result.stdout.splitlines()[1:-1]]
+    assert table == varied
