@@ -127,6 +127,18 @@ class RunDirectory:
             raise InUse(f"{self.path}: this run is in use by another process") from None
         self._lock = file
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a process holds the run now."""
+        try:
+            self.lock()
+        except InUse:
+            return True
+        except FileNotFoundError:
+            return False
+        self.unlock()
+        return False
+
     def unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
@@ -137,7 +149,7 @@ class RunDirectory:
         Raises:
             ConfigError: the directory holds a run already.
         """
-        if self.status.exists() or self.config.exists():
+        if self.config.exists():
             raise ConfigError(
                 f"{self.path}: holds a run already; go on with it by `python -m sft_lab resume {self.path}`, "
                 "or give another hydra.run.dir or sweep.name"

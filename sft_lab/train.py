@@ -77,6 +77,8 @@ def _finish(tracker: tracking.Tracker, exit_code: int) -> None:
     """What becomes of the tracker decides nothing about the run."""
     try:
         tracker.finish(exit_code)
+    except Interrupted:
+        raise
     except Exception as error:
         log.warning("the tracker could not be finished: %s", error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sft_lab import config as configs
-from sft_lab.errors import Leave, SftLabError
+from sft_lab.errors import Interrupted, Leave, SftLabError
 from sft_lab.runs import RunDirectory
 
 
@@ -47,7 +48,8 @@ def run_trial(cfg: DictConfig) -> None:
     from sft_lab.sweep.ledger import SweepDirectory
 
     directory = Path(HydraConfig.get().runtime.output_dir)
-    trial.run(SweepDirectory(directory.parent), directory.name)
+    with contextlib.suppress(Interrupted):  # its directory says so; the launcher would take it for a failure of all
+        trial.run(SweepDirectory(directory.parent), directory.name)
 
 
 def _run_one(cfg: DictConfig) -> None:

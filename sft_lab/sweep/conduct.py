@@ -68,6 +68,8 @@ def grid(candidates: Iterable[Candidate], sweeper: Sweeper) -> None:
             return
         begin(sweep, settings, plan.left_out, sampler="")
         sweep.freeze(plan.to_run)
+        for trial in plan.to_run:
+            sweep.report_to(trial.id, None)
         trials = {trial.id: trial for trial in plan.trials}
         watch = Watch(trials, len(trials))
         with under_way():
@@ -79,7 +81,7 @@ def drawn_up(candidates: Iterable[Candidate], sweeper: Sweeper, told: Callable[[
     """The plan of a sweep, told at the terminal: as a table, or by the sentence that `told` gives."""
     sweep, settings = sweeper.directory, sweeper.settings
     if "WANDB_SWEEP_ID" in os.environ:
-        raise ConfigError("-m : a W&B agent runs one trial at a time, and all of these would be that one (allowed: no -m)")
+        raise ConfigError("-m : under a W&B agent all trials would be the one run that it began (allowed: no -m)")
     with run_log():
         plan = plans.draw_up(candidates, sweep, settings.on_bad_trial)
         require_objective(settings, [trial.config for trial in plan.trials])
@@ -166,10 +168,13 @@ def finish(trials: dict[str, Trial], outcomes: dict[str, Outcome], sweeper: Swee
         raise RunError(f"sweep {sweep.name}: no trial could run")
     comparison = records.read([sweep.path])
     verdict = ranking.best(comparison.records, *ranking.resolve(comparison))
-    report.write(comparison, verdict, sweep.report)
     terminal.show(comparison, verdict)
     terminal.say_verdict(verdict)
-    say(f"report: {sweep.report}")
+    try:
+        report.write(comparison, verdict, sweep.report)
+        say(f"report: {sweep.report}")
+    except OSError as error:  # a full disk, say: the trials are what they are
+        say(f"no report: {error}")
     _track(next(iter(trials.values())).config, sweep, sweeper.settings, comparison, verdict)
     failed = [name for name in trials if not outcomes[name].done]
     if failed:
@@ -193,7 +198,7 @@ def _track(
         sweep.name,
         columns,
         [[row.get(column) for column in columns] for row in values],
-        report=sweep.report,
+        report=sweep.report if sweep.report.is_file() else None,
         best=(best.path / "adapter", best.name, metadata) if best else None,
         link_to=settings.link_best_to,
         summary={

@@ -25,7 +25,9 @@ from sft_lab.sweep.sweepers import GridSweeper, values_of
 if TYPE_CHECKING:
     import optuna
 
-_RETRY_OF = "retry_of"  # user attribute: the number of the trial that this one takes the place of
+# user attributes of a trial
+_RETRY_OF = "retry_of"  # the number of the trial that this one takes the place of
+_DIRECTORY = "directory"  # of the sweep that asked for it: several machines can share a study
 
 
 class OptunaSweeper(GridSweeper):
@@ -76,6 +78,11 @@ class OptunaSweeper(GridSweeper):
         for key, value in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"hydra.sweeper.{key}={value} : not allowed (allowed: 1, 2, 3, ...)")
+        if self.n_jobs > 1 and self.in_this_process:
+            raise ConfigError(
+                f"hydra.sweeper.n_jobs={self.n_jobs} : trials would run one after another and know less of each other "
+                "(allowed: 1, or a hydra/launcher such as joblib)"
+            )
         if self.sampler == "grid":
             self.n_trials = min(self.n_trials, math.prod(len(studies.grid_values(d)) for d in self.space.values()))
 
@@ -121,7 +128,7 @@ class OptunaSweeper(GridSweeper):
         study = self._open()
         self.trials = {name: self._remembered(name) for name in self.directory.read()["trials"]}
         self.watch = conduct.Watch(self.trials, self.n_trials)
-        _ask_again(study)
+        _ask_again(study, str(self.directory.path))
         while (left := self.n_trials - _counted(study)) > 0:
             asked = [self._ask(study) for _ in range(min(left, self.n_jobs))]
             to_run = {trial.id: trial for _, trial in asked if trial and not trial.outcome.done}
@@ -151,6 +158,7 @@ class OptunaSweeper(GridSweeper):
         """The next trial, planned and frozen; None for one that cannot run, which the study is told."""
         study.sampler = studies.sampler_of(self.sampler, self.seed, len(study.trials), self.space)
         asked = study.ask(self.space)
+        asked.set_user_attr(_DIRECTORY, str(self.directory.path))
         varied = [f"{key}={asked.params[key]}" for key in self.space]
         candidate = self.compose([*self.fixed, *varied], varied)
         with run_log():
@@ -200,12 +208,14 @@ def _ends(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={end}" for end in (value.start, value.end)]
 
 
-def _ask_again(study: optuna.Study) -> None:
-    """Put what was killed or failed in an earlier session first in the queue."""
+def _ask_again(study: optuna.Study, directory: str) -> None:
+    """Put what was killed or failed in an earlier session of this sweep first in the queue."""
     from optuna.trial import TrialState
 
     replaced = {trial.user_attrs.get(_RETRY_OF) for trial in study.trials}
     for trial in study.trials:
+        if trial.user_attrs.get(_DIRECTORY) != directory:
+            continue
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
         if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.number not in replaced:

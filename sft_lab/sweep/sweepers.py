@@ -19,7 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from sft_lab import config as configs
-from sft_lab.errors import ConfigError, Leave, SftLabError
+from sft_lab.errors import ConfigError, Interrupted, Leave, SftLabError
 from sft_lab.schema import SweepConfig
 from sft_lab.sweep import conduct, trial
 from sft_lab.sweep.ledger import SweepDirectory, Trial
@@ -78,6 +78,10 @@ class GridSweeper(Sweeper):
         return list({override.get_key_element(): override for override in found}.values())
 
     @property
+    def in_this_process(self) -> bool:
+        return isinstance(self.launcher, BasicLauncher)
+
+    @property
     def directory(self) -> SweepDirectory:
         return SweepDirectory(str(self.config.hydra.sweep.dir))
 
@@ -103,7 +107,7 @@ class GridSweeper(Sweeper):
 
     def launch(self, trials: Sequence[Trial], watch: trial.Watch) -> None:
         """Run trials in this process, in processes of their own, or through Hydra's launcher."""
-        if not isinstance(self.launcher, BasicLauncher):
+        if not self.in_this_process:
             for begun in trials:
                 watch.begins(begun)
             self._through_launcher(trials)
@@ -117,9 +121,11 @@ class GridSweeper(Sweeper):
     def _through_launcher(self, trials: Sequence[Trial]) -> None:
         """Hydra composes each job once more, in its process; the task then runs what was planned, by the directory."""
         place = [f"hydra.sweep.dir={self.directory.path}", f"sweep.name={self.directory.name}"]
-        jobs = [[*job.varied, *place, f"hydra.sweep.subdir={job.id}"] for job in trials]
+        jobs = [[*job.typed, *place, f"hydra.sweep.subdir={job.id}"] for job in trials]
         try:
             self.launcher.launch(jobs, initial_job_idx=0)
+        except Interrupted:
+            raise
         except Exception as error:  # a launcher's own: a worker that was killed, say; each trial's state tells the rest
             conduct.log.warning("the launcher ended with %s: %s", type(error).__name__, error)
 

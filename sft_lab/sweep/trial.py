@@ -15,31 +15,30 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from sft_lab import shared
-from sft_lab.data.prepared import Prepared
 from sft_lab.errors import Interrupted, InUse, SftLabError
-from sft_lab.findings import Report
 from sft_lab.launch import resume, start
 from sft_lab.sweep.ledger import Outcome, SweepDirectory, Trial
 
 log = logging.getLogger("sft_lab")
 
 
-def run(sweep: SweepDirectory, trial: str, checked: tuple[Prepared, Report] | None = None) -> Outcome:
+def run(sweep: SweepDirectory, trial: str, known: Trial | None = None) -> Outcome:
     """Train a planned trial, or go on with it where it stopped.
 
     Args:
-        checked: its data and preflight, where this process has made them already.
+        known: the trial itself, with its data and preflight, where this process has planned it.
 
     Raises:
         Interrupted: a signal asks the whole sweep to end.
     """
     directory = sweep.run(trial)
-    callbacks = _callbacks(sweep, trial)
     try:
+        callbacks = _callbacks(sweep, trial)
         if directory.config.is_file():
             resume(directory, callbacks)
         else:
-            config, typed = sweep.planned(trial)
+            config, typed = (known.config, known.typed) if known else sweep.planned(trial)
+            checked = (known.data, known.report) if known and known.data and known.report else None
             start(config, directory, typed, callbacks, checked)
     except Interrupted:
         raise
@@ -90,8 +89,7 @@ def run_all(trials: Sequence[Trial], sweep: SweepDirectory, watch: Watch) -> Non
     """Every trial in this process, one after another; those of one base model share its weights."""
     for trial in trials:
         watch.begins(trial)
-        checked = (trial.data, trial.report) if trial.data and trial.report else None
-        outcome = run(sweep, trial.id, checked)
+        outcome = run(sweep, trial.id, trial)
         gc.collect()  # a Trainer and its model refer to each other
         shared.verify()
         watch.ends(outcome)
@@ -105,7 +103,7 @@ def run_isolated(trials: Sequence[Trial], sweep: SweepDirectory, watch: Watch) -
         # in a session of its own: the terminal's Ctrl-C comes from us, once
         with subprocess.Popen(command, start_new_session=True) as process:
             code = _waited_for(process)
-        why = f"its process was killed by {signal.Signals(-code).name}" if code < 0 else ""
+        why = f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its exit code is {code}"
         watch.ends(settled(sweep, trial.id, why))
 
 
@@ -133,10 +131,17 @@ def _waited_for(process: subprocess.Popen[bytes]) -> int:
 
 
 def settled(sweep: SweepDirectory, trial: str, why: str = "") -> Outcome:
-    """What became of a trial whose process has ended; one that could not say so itself is marked as failed."""
+    """What became of a trial whose process has ended; one that could not say so itself is marked as failed.
+
+    One that a process is still at, such as a cluster's job that the launcher no longer waits for, is left to it.
+    """
     outcome = sweep.outcome(trial)
     if outcome.state not in ("new", "running"):
         return outcome
+    if sweep.run(trial).in_use:
+        return Outcome(trial, outcome.state, "its job is still at it", outcome.step)
+    if outcome.state == "new" and not why:
+        return Outcome(trial, "new", "its job has not begun it")
     return _failed(sweep, trial, SftLabError(why or "its process ended without a word"))
 
 
