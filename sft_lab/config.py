@@ -19,25 +19,22 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import version as hydra_version
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from sft_lab import checks, runs
 from sft_lab.errors import ConfigError
+from sft_lab.options import CONF_DIR, help_text
 from sft_lab.schema import Config, SweepConfig
 
-_PACKAGE = Path(__file__).parent
-CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-SWEEPERS = "hydra_plugins.sft_lab."  # where Hydra is told that our sweepers are
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 _NOT_TRAINED = ("preflight", "sweep", "tracking")  # sections that change nothing of what comes out
 
@@ -56,74 +53,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)
 
 
-def trial_name(config: Config) -> str:
-    """A trial's name: rank and learning rate to be read, a digest of all that it trains to be told apart."""
-    trained = {key: value for key, value in to_dict(config).items() if key not in _NOT_TRAINED}
-    digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
-    return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
-
-
-def groups(conf_dir: Path = CONF_DIR) -> dict[str, dict[str, str]]:
-    """Every config group's options, each with the comment line that heads its file."""
-    return {
-        folder.name: {file.stem: _headline(file) for file in sorted(folder.glob("*.yaml"))}
-        for folder in sorted(conf_dir.iterdir())
-        if folder.is_dir() and folder.name != "hydra"
-    }
-
-
-def _headline(file: Path) -> str:
-    comments = (line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    return next((comment for comment in comments if not comment.startswith("@package")), "")
-
-
-def help_text() -> str:
-    """What `--help` prints: Hydra's template with our groups, options and their comments in it."""
-    lines = [
-        "sft_lab trains LoRA adapters for language models, with configs composed by Hydra.",
-        "",
-        "  python -m sft_lab [train] [GROUP=OPTION ...] [KEY=VALUE ...]     one run",
-        "  python -m sft_lab -m KEY=VALUE,VALUE ...                         a sweep",
-        "  python -m sft_lab plan|inspect [GROUP=OPTION ...]                what it will do; the rows as they train",
-        "  python -m sft_lab resume|eval|chat|repro RUN_DIR                 --help tells more of each",
-        "  python -m sft_lab compare DIR ..., env",
-        "",
-        "Groups and their options",
-    ]
-    for group, options in groups().items():
-        width = max(map(len, options), default=0)
-        lines += ["", f"  {group}" + ("" if options else "  (none yet)")]
-        lines += [f"    {option:<{width}}  {comment}" for option, comment in options.items()]
-    lines += [
-        "",
-        "Keys: `--cfg job --resolve` prints each with the value it will have; --hydra-help lists Hydra's own flags.",
-    ]
-    return "\n".join(lines).replace("$", "$$") + "\n"  # Hydra fills in a string.Template
-
-
 # ------------------------------------------------------------------------------------------------------ composing
-
-
-@dataclasses.dataclass
-class CommandLine:
-    """What of Hydra's command line concerns composing; --help and its like compose nothing of ours."""
-
-    overrides: list[str]
-    conf_dir: str | None
-    name: str
-    multirun: bool
-    composes: bool
-    params: list[str] = dataclasses.field(default_factory=list)  # what a sweep's file varies: hydra.sweeper.params
-
-
-def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    parser = get_args_parser()
-    parser.prog = "sft_lab"
-    args = parser.parse_args(list(argv))
-    if args.multirun and args.cfg:
-        raise ConfigError("--cfg with -m : shows one config (allowed: --cfg, or -m with sweep.dry_run=true)")
-    asks = args.help or args.hydra_help or args.info or args.shell_completion
-    return CommandLine(args.overrides, args.config_dir, args.config_name or "config", args.multirun, not asks)
 
 
 def compose(overrides: Sequence[str], conf_dir: str | Path | None = None, name: str = "config") -> DictConfig:
@@ -132,95 +62,16 @@ def compose(overrides: Sequence[str], conf_dir: str | Path | None = None, name: 
     Raises:
         ConfigError: a list of everything that is wrong with `overrides`, each naming its key.
     """
-    with _hydra(conf_dir) as hydra:
-        cfg, problems = _compose_and_check(hydra.config_loader, overrides, name)
+    with hydra_for(conf_dir) as hydra:
+        cfg, problems = compose_and_check(hydra.config_loader, overrides, name)
     if problems:
         raise ConfigError(problems)
     assert cfg is not None
     return cfg
 
 
-def check_command_line(command: CommandLine) -> Path | None:
-    """Every check of the config that can be made before Hydra creates a directory.
-
-    Of a sweep each value is checked by itself, beside the first of all others.
-
-    Returns:
-        The directory of a single run, as it would be named now; None for a sweep.
-
-    Raises:
-        ConfigError: a list of everything that is wrong.
-    """
-    if command.conf_dir and not Path(command.conf_dir).is_dir():
-        raise ConfigError(f"--config-dir={command.conf_dir} : no such directory")
-    problems: list[str] = []
-    with _hydra(command.conf_dir) as hydra:
-        loader = hydra.config_loader
-        _read_sweep_file(hydra, command)
-        typed = [*command.params, *command.overrides]
-        choices = _single_values(typed, loader) if command.multirun else [command.overrides]
-        for overrides in choices:
-            cfg, found = _compose_and_check(loader, overrides, command.name)
-            problems += found or (checks.missing_files(_to_dataclasses(cfg)) if cfg is not None else [])
-        if problems:
-            raise ConfigError(list(dict.fromkeys(problems)))
-        if command.multirun:
-            return None
-        full = hydra_compose(config_name=command.name, overrides=command.overrides, return_hydra_config=True)
-    return Path(OmegaConf.select(full, "hydra.run.dir"))
-
-
-def _read_sweep_file(hydra: Hydra, command: CommandLine) -> None:
-    """Add to the command what a file of multirun_examples/ says: that it is a sweep, and of what.
-
-    Raises:
-        ConfigError: the file varies something and would train a single run; or a sweeper that is none of ours.
-    """
-    try:
-        cfg = hydra.compose_config(
-            config_name=command.name,
-            overrides=command.overrides,
-            run_mode=RunMode.MULTIRUN,
-            with_log_configuration=False,
-            validate_sweep_overrides=False,
-        )
-    except COMPOSE_ERRORS:
-        return  # told with the other problems
-    sweeper = str(cfg.hydra.sweeper._target_).removeprefix(SWEEPERS)
-    if command.multirun and sweeper not in ("GridSweeper", "OptunaSweeper"):
-        raise ConfigError(f"hydra/sweeper : {sweeper} knows nothing of runs that go on (allowed: grid, optuna)")
-    command.params = sweep_params(cfg)
-    command.multirun = command.multirun or cfg.hydra.mode == RunMode.MULTIRUN
-    if command.params and not command.multirun:
-        raise ConfigError(
-            f"hydra.sweeper.params : {', '.join(command.params)} would be ignored, a single run varies nothing "
-            "(allowed: -m, or hydra.mode=MULTIRUN in the file)"
-        )
-
-
-def sweep_params(cfg: DictConfig) -> list[str]:
-    """The overrides under hydra.sweeper.params, as they stand: an interpolation in them is each trial's own."""
-    params = OmegaConf.to_container(cfg.hydra.sweeper, resolve=False).get("params") or {}  # type: ignore[union-attr]
-    return [f"{key}={value}" for key, value in params.items()]
-
-
-def one_run(words: Sequence[str], verb: str) -> tuple[Config, Path]:
-    """The config that `words` compose to, and the directory that a run of it would have.
-
-    Raises:
-        ConfigError: a list of everything that is wrong, or the words ask for a sweep.
-    """
-    command = parse_command_line(words)
-    run_dir = None if command.multirun else check_command_line(command)
-    if run_dir is None:
-        raise ConfigError(
-            f"{verb} -m : one run at a time (allowed: the overrides of one trial; or a sweep's sweep.dry_run=true)"
-        )
-    return to_config(compose(command.overrides, command.conf_dir, command.name)), run_dir
-
-
 @contextlib.contextmanager
-def _hydra(conf_dir: str | Path | None = None) -> Iterator[Hydra]:
+def hydra_for(conf_dir: str | Path | None = None) -> Iterator[Hydra]:
     """A Hydra of our own for a while, also inside a running one."""
     register()
     outer = GlobalHydra.instance().hydra
@@ -235,9 +86,7 @@ def _hydra(conf_dir: str | Path | None = None) -> Iterator[Hydra]:
         GlobalHydra.instance().hydra = outer
 
 
-def _compose_and_check(
-    loader: ConfigLoader, overrides: Sequence[str], name: str
-) -> tuple[DictConfig | None, list[str]]:
+def compose_and_check(loader: ConfigLoader, overrides: Sequence[str], name: str) -> tuple[DictConfig | None, list[str]]:
     cfg, problems = _compose_valid(loader, overrides, name)
     if cfg is not None:  # a group or key that is wrong already is not asked what else follows from it
         wrong = {_key_of(problem) for problem in problems}
@@ -334,30 +183,6 @@ def _key_problem(text: str, override: Override, cfg: DictConfig) -> str | None:
     return None
 
 
-def _single_values(overrides: Sequence[str], loader: ConfigLoader) -> Iterator[list[str]]:
-    """The first values of a sweep, then for every further value of each swept key the same with that one in place."""
-    texts: list[list[str]] = []
-    for text in overrides:
-        try:
-            override = OverridesParser.create(loader).parse_override(text)
-            swept = override.is_sweep_override() and not override.key_or_group.startswith("hydra")
-            key = override.get_key_element()
-            value: Any = override.value()
-            if isinstance(value, Glob):
-                texts.append([f"{key}={name}" for name in value.filter(loader.get_group_options(key))] or [text])
-            elif isinstance(value, IntervalSweep):
-                texts.append([f"{key}={end}" for end in (value.start, value.end)])
-            else:
-                texts.append([f"{key}={v}" for v in override.sweep_string_iterator()] if swept else [text])
-        except (HydraException, ValueError):
-            texts.append([text])
-    first = [values[0] for values in texts]
-    yield first
-    for place, values in enumerate(texts):
-        for value in values[1:]:
-            yield [*first[:place], value, *first[place + 1 :]]
-
-
 # --------------------------------------------------------------------------------------- checks of a whole config
 
 
@@ -373,7 +198,7 @@ def _checked(cfg: DictConfig) -> tuple[Config | None, list[str]]:
         problems += [_missing_message(key) for key in missing]
         if problems:
             return None, problems
-        config = _to_dataclasses(cfg)
+        config = to_dataclasses(cfg)
     except OmegaConfBaseException as error:
         return None, [f"{error.full_key or 'config'} : {str(error).strip().splitlines()[0]}"]
     return config, checks.refused(config)
@@ -400,7 +225,7 @@ def _missing_message(key: str) -> str:
     return f"{key}=??? : a value must be given (allowed is {checks.expected(key)})"
 
 
-def _to_dataclasses(cfg: DictConfig) -> Config:
+def to_dataclasses(cfg: DictConfig) -> Config:
     parts = {str(key): cfg[key] for key in cfg if key != "hydra"}  # Hydra's own part is not resolved: it takes 0.1 s
     plain: dict[str, Any] = _literal(
         {key: OmegaConf.to_container(p, resolve=True) if OmegaConf.is_config(p) else p for key, p in parts.items()}
@@ -460,7 +285,7 @@ def _changed(config: Config, overrides: Sequence[str]) -> Config:
     cfg = OmegaConf.merge(OmegaConf.structured(Config), _literal(to_dict(config)))
     assert isinstance(cfg, DictConfig)
     values: list[tuple[str, Override]] = []
-    with _hydra() as hydra:
+    with hydra_for() as hydra:
         found = [_syntax_or_option_problem(text, hydra.config_loader, values) for text in overrides]
     found += [_key_problem(text, override, cfg) for text, override in values]
     if problems := [problem for problem in found if problem]:
@@ -473,6 +298,13 @@ def sweep_settings(cfg: DictConfig) -> SweepConfig:
     settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), cfg.sweep))
     assert isinstance(settings, SweepConfig)
     return settings
+
+
+def trial_name(config: Config) -> str:
+    """A trial's name: rank and learning rate to be read, a digest of all that it trains to be told apart."""
+    trained = {key: value for key, value in to_dict(config).items() if key not in _NOT_TRAINED}
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
 
 
 def to_dict(config: Config) -> dict[str, Any]:

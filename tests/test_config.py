@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from sft_lab import command_line
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError
 from sft_lab.library import EXTRA_OF, OPTIMIZERS, SCHEDULERS, enum_values, field_names
+from sft_lab.options import CONF_DIR, groups
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config, SourceConfig
 
-OPTIONS = [f"{group}={option}" for group, options in configs.groups().items() for option in options]
+OPTIONS = [f"{group}={option}" for group, options in groups().items() for option in options]
 MISSING = {  # the options that leave a value to the person
     "model=from_path": ["model.path=some/model"],
     "data=from_file": ["data.path=rows.jsonl"],
@@ -28,14 +30,14 @@ MISSING = {  # the options that leave a value to the person
 }
 
 
-def build(*overrides: str, conf_dir: Path = configs.CONF_DIR) -> Config:
+def build(*overrides: str, conf_dir: Path = CONF_DIR) -> Config:
     return configs.to_config(configs.compose(overrides, conf_dir))
 
 
 def problems(*words: str) -> list[str]:
     """What the command line `words` is refused for."""
     with pytest.raises(ConfigError) as refused:
-        configs.check_command_line(configs.parse_command_line(words))
+        command_line.check(command_line.parse(words))
     return refused.value.problems
 
 
@@ -50,7 +52,7 @@ def leaves(node: Any, prefix: str = "") -> Iterator[str]:
 
 def test_groups_have_the_expected_number_of_options() -> None:
     """So that the tests over OPTIONS below cannot pass for want of options."""
-    assert {group: len(options) for group, options in configs.groups().items()} == {
+    assert {group: len(options) for group, options in groups().items()} == {
         "chat_template": 9,
         "data": 4,
         "distributed": 1,
@@ -73,7 +75,7 @@ def test_every_option_composes_and_converts(option: str) -> None:
 def test_every_option_says_what_it_is(option: str) -> None:
     """The comment that heads the file is what --help shows."""
     group, name = option.split("=")
-    assert len(configs.groups()[group][name]) > 10
+    assert len(groups()[group][name]) > 10
 
 
 def test_default_config_shows_every_key_of_the_schema() -> None:
@@ -281,7 +283,7 @@ def test_a_misspelt_directory_of_a_model_too(tmp_path: Path) -> None:
 def test_a_directory_and_a_glob_are_files_too(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n")
     for path in (tmp_path, tmp_path / "*.jsonl", tmp_path / "rows.jsonl"):
-        configs.check_command_line(configs.parse_command_line(["data=from_file", f"data.path={path}"]))
+        command_line.check(command_line.parse(["data=from_file", f"data.path={path}"]))
 
 
 def test_everything_wrong_comes_as_one_list() -> None:
@@ -437,7 +439,7 @@ def conf_dir(tmp_path: Path) -> Path:
 
 def test_an_experiment_is_listed_with_its_comment_and_not_with_its_package(conf_dir: Path) -> None:
     """Hydra reads `# @package` only from the first line."""
-    assert configs.groups(conf_dir)["experiment"] == {"small": "a small one"}
+    assert groups(conf_dir)["experiment"] == {"small": "a small one"}
 
 
 def test_experiment_beats_config_and_command_line_beats_both(conf_dir: Path) -> None:
@@ -515,7 +517,7 @@ def test_each_swept_value_is_checked(words: str, expected: list[str]) -> None:
     ],
 )
 def test_sweeps_that_hydra_understands_are_let_through(words: str) -> None:
-    configs.check_command_line(configs.parse_command_line(["-m", *words.split()]))
+    command_line.check(command_line.parse(["-m", *words.split()]))
 
 
 def test_a_list_of_values_without_m_says_how_to_sweep() -> None:

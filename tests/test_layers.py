@@ -11,8 +11,8 @@ import sft_lab
 
 PACKAGE = Path(sft_lab.__file__).parent
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["", "errors", "schema", "library"], 1),
-    **dict.fromkeys(["checks", "config", "runs", "logs", "console", "wandb_file"], 2),
+    **dict.fromkeys(["", "errors", "schema", "library", "options"], 1),
+    **dict.fromkeys(["checks", "command_line", "config", "runs", "logs", "console", "wandb_file"], 2),
     **dict.fromkeys(
         [
             "adapter",
@@ -87,4 +87,4 @@ def test_only_the_config_layer_knows_hydra() -> None:
         if module.split(".")[0] in ("hydra", "omegaconf")
     }
     sweeper = {"sweep/sweepers", "sweep/search", "sweep/study"}  # Hydra's plugins, and what they sweep over
-    assert knowing == {"schema", "config", "commands", *sweeper}
+    assert knowing == {"schema", "config", "command_line", "commands", *sweeper}

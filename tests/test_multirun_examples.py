@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft_lab import config as configs
+from sft_lab import command_line
 from sft_lab.errors import ConfigError
 from tests.conftest import ROOT, Cli
 from tests.sweep.test_sweep import UNTRACKED, states
@@ -51,10 +51,10 @@ def test_it_runs(cli: Cli, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_its_values_are_valid_as_they_stand(name: str) -> None:
     """With the models and ranks that it has, not those that make it small."""
-    command = configs.parse_command_line(["--config-dir", str(EXAMPLES), "-cn", name])
+    command = command_line.parse(["--config-dir", str(EXAMPLES), "-cn", name])
     if name in ("data_mixture", "slurm_array"):  # needs files; needs the cluster's launcher
         return
-    assert configs.check_command_line(command) is None
+    assert command_line.check(command) is None
     assert command.multirun
 
 
@@ -69,6 +69,6 @@ def test_a_sweep_file_that_is_no_multirun_is_refused(tmp_path: Path) -> None:
     """Hydra would train one run and say nothing of the values."""
     text = (EXAMPLES / "grid.yaml").read_text().replace("  mode: MULTIRUN\n", "")
     (tmp_path / "quiet.yaml").write_text(text)
-    command = configs.parse_command_line(["--config-dir", str(tmp_path), "-cn", "quiet"])
+    command = command_line.parse(["--config-dir", str(tmp_path), "-cn", "quiet"])
     with pytest.raises(ConfigError, match=r"hydra.sweeper.params : .* would be ignored"):
-        configs.check_command_line(command)
+        command_line.check(command)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sft_lab import command_line
 from sft_lab import config as configs
 from sft_lab.__main__ import VERBS
+from sft_lab.options import groups
 from sft_lab.runs import RunDirectory
 
 ROOT = Path(__file__).parent.parent
@@ -41,11 +43,11 @@ def test_every_command_is_one(command: list[str], tmp_path: Path, monkeypatch: p
         if overrides:
             configs.compose(overrides)
         return
-    configs.check_command_line(configs.parse_command_line(words))
+    command_line.check(command_line.parse(words))
 
 
 def test_every_option_is_in_its_table() -> None:
-    for group, options in configs.groups().items():
+    for group, options in groups().items():
         if not options:
             continue
         (row,) = re.findall(rf"^\| `{group}` \|(.*)\|$", README, flags=re.MULTILINE)

@@ -27,6 +27,7 @@ def _collect() -> dict[str, dict[str, Any]]:
     from sft_lab import config as configs
     from sft_lab import embedded, provenance
     from sft_lab import model as models
+    from sft_lab.options import CONF_DIR
 
     config = configs.to_config(configs.compose([]))
     precision = models.resolve_precision(config)
@@ -39,6 +40,6 @@ def _collect() -> dict[str, dict[str, Any]]:
             "attention": config.model.attn_implementation,
             "tracking": f"{config.tracking.method}, mode {config.tracking.mode}",
             "cache": str(embedded.cache_root()),
-            "conf": str(configs.CONF_DIR),
+            "conf": str(CONF_DIR),
         },
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_lab import command_line
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError
 from sft_lab.runs import RunDirectory, to_json, write_text
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     args, words = _parser().parse_known_args(argv)
     _check(args)
-    typed = configs.parse_command_line(words).overrides
+    typed = command_line.parse(words).overrides
     of_run = [word for word in typed if "=" not in word and not word.startswith(("+", "~"))]
     if of_run and len(words) > 1:
         raise ConfigError(f"inspect {' '.join(words)} : a run's directory or overrides, not both")
     run = RunDirectory.open(of_run[0]) if of_run else None
-    config = configs.load(run.config) if run else configs.one_run(words, "inspect")[0]
+    config = configs.load(run.config) if run else command_line.one_run(words, "inspect")[0]
     from sft_lab.data import inspection, view
     from sft_lab.logs import run_log
 

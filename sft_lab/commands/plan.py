@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sft_lab import config as configs
+from sft_lab import command_line
 
 _SHOWN = 3  # ids beside a finding; --json has them all
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON document, as preflight.json of the run")
     args, words = parser.parse_known_args(argv)
-    config, run_dir = configs.one_run(words, "plan")
+    config, run_dir = command_line.one_run(words, "plan")
     from sft_lab import preflight
     from sft_lab.data.prepare import prepare
     from sft_lab.logs import run_log

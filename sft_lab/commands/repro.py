@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sft_lab import config as configs
+from sft_lab import command_line
 from sft_lab.errors import PreflightError
 from sft_lab.runs import RunDirectory, to_json
 
@@ -21,7 +21,7 @@ _THREADS = "hardware.torch_threads"
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     old = RunDirectory.open(args.run_dir)
-    new = RunDirectory(args.run_dir_new or configs.one_run([], "repro")[1])
+    new = RunDirectory(args.run_dir_new or command_line.one_run([], "repro")[1])
     new.require_free()
     # one JSON document on standard output: what a run tells of itself goes beside it
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():

@@ -11,14 +11,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from sft_lab import command_line
 from sft_lab import config as configs
 from sft_lab.errors import Interrupted, Leave, SftLabError
+from sft_lab.options import CONF_DIR
 from sft_lab.runs import RunDirectory
 
 
 def main(argv: Sequence[str]) -> int:
-    command = configs.parse_command_line(argv)
-    run_dir = configs.check_command_line(command) if command.composes else None
+    command = command_line.parse(argv)
+    run_dir = command_line.check(command) if command.composes else None
     missing = {p.resolve() for p in run_dir.parents if not p.exists()} if run_dir else set()
 
     def task(cfg: DictConfig) -> None:
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         task = run_trial
     sys.argv = ["sft_lab", *argv]
     try:
-        hydra.main(version_base="1.3", config_path=str(configs.CONF_DIR), config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(task)()
     except Leave as leave:
         raise leave.error from None
     return 0

@@ -18,6 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from sft_lab import command_line
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError, Interrupted, Leave, SftLabError
 from sft_lab.schema import SweepConfig
@@ -32,7 +33,7 @@ def register() -> None:
 
     for sweeper in (GridSweeper, OptunaSweeper):
         Plugins.instance().register(sweeper)
-        Plugins.instance().class_name_to_class[f"{configs.SWEEPERS}{sweeper.__name__}"] = sweeper
+        Plugins.instance().class_name_to_class[f"{command_line.SWEEPERS}{sweeper.__name__}"] = sweeper
 
 
 class GridSweeper(Sweeper):
@@ -74,7 +75,7 @@ class GridSweeper(Sweeper):
     def parsed(self, arguments: Sequence[str]) -> list[Override]:
         """The overrides of a sweep's file and of the command line, which win."""
         parser = OverridesParser.create(config_loader=self.loader)
-        found = parser.parse_overrides([*configs.sweep_params(self.config), *arguments])
+        found = parser.parse_overrides([*command_line.sweep_params(self.config), *arguments])
         return list({override.get_key_element(): override for override in found}.values())
 
     @property

@@ -299,7 +299,10 @@ def test_nothing_of_a_trial_is_kept_in_memory(tmp_path: Path) -> None:
         ("peft.r=range(2,9,3)", ["peft.r=2", "peft.r=5", "peft.r=8"]),
         ("peft={r:2,lora_alpha:4},{r:4,lora_alpha:8}", ["peft={r:2,lora_alpha:4}", "peft={r:4,lora_alpha:8}"]),
         ("trainer.packing=true,false", ["trainer.packing=True", "trainer.packing=False"]),
-        ("peft.target_modules=[q_proj],[q_proj,v_proj]", ["peft.target_modules=[q_proj]", "peft.target_modules=[q_proj,v_proj]"]),
+        (
+            "peft.target_modules=[q_proj],[q_proj,v_proj]",
+            ["peft.target_modules=[q_proj]", "peft.target_modules=[q_proj,v_proj]"],
+        ),
     ],
 )
 def test_every_way_to_write_values(cli: Cli, words: str, varied: list[str]) -> None:
