@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from sft_lab import command_line
 from sft_lab import config as configs
-from sft_lab.errors import ConfigError, Interrupted, Leave, SftLabError
+from sft_lab.errors import ConfigError, Interrupted, Leave, RunError, SftLabError
 from sft_lab.schema import SweepConfig
 from sft_lab.sweep import conduct, trial
 from sft_lab.sweep.ledger import SweepDirectory, Trial
@@ -58,6 +58,8 @@ class GridSweeper(Sweeper):
             self.carry_out(self.parsed(arguments))
         except SftLabError as error:
             raise Leave(error) from error
+        except OSError as error:  # the sweep's own files; a trial's are the trial's affair
+            raise Leave(RunError(f"sweep {self.directory.name}: {error}")) from error
 
     def carry_out(self, overrides: Sequence[Override]) -> None:
         unbounded = [o.input_line for o in overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
