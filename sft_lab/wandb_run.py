@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from sft_lab import wandb_client, wandb_file
 from sft_lab.errors import ConfigError, RunError
-from sft_lab.runs import RunDirectory
+from sft_lab.runs import RunDirectory, write_text
 from sft_lab.schema import TrackingConfig
 from sft_lab.tracking import Tracker
 from sft_lab.wandb_client import first_line, place_of, require_key, start_session, start_session_anew
@@ -222,6 +222,7 @@ def _online(config: TrackingConfig, run: RunDirectory, arguments: dict[str, Any]
             shutil.rmtree(attempt)
         raise failure from error
     last_step = wandb_run.starting_step - 1 if wandb_run.resumed else -1
+    write_text(run.wandb / "url", f"{wandb_run.url}\n")
     return WandbTracker(wandb_run, config, last_step, f"W&B online: {wandb_run.url}")
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 
@@ -21,7 +20,6 @@ from sft_lab.runs import RunDirectory, read_json
 from sft_lab.sweep.differences import differing, is_number
 
 NOT_COMPARED = ("preflight", "sweep", "tracking")  # sections that change nothing of what is trained
-_WANDB = "https://wandb.ai"  # the client's own default
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Record:
     events: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
     samples: list[dict[str, Any]] = field(default_factory=list)
     wandb_id: str = ""
-    wandb_url: str = ""  # where it can be told from what lies on disk
+    wandb_url: str = ""  # of a run that was online
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -177,20 +175,14 @@ def read_run(path: Path) -> Record:
     if record.state == "interrupted" and record.pruned_at_step is not None:
         record.state = "pruned"
     record.tokens = max((n for event in record.events if (n := _number(event.get("tokens")))), default=None)
-    record.wandb_id, record.wandb_url = _wandb(run, _dict(config.get("tracking")))
+    record.wandb_id, record.wandb_url = _wandb(run, "run_id"), _wandb(run, "url")
     return record
 
 
-def _wandb(run: RunDirectory, tracking: dict[str, Any]) -> tuple[str, str]:
-    """The W&B run's id, and its address where the run was online and its entity is in the config."""
-    file = run.wandb / "run_id"
-    run_id = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
-    online = any(run.wandb.glob(f"**/run-*-{run_id}")) if run_id.isalnum() else False
-    if not (online and tracking.get("entity") and tracking.get("project")):
-        return run_id, ""
-    server = os.environ.get("WANDB_BASE_URL", _WANDB).rstrip("/")
-    owner, project = (quote(str(tracking[key]), safe="") for key in ("entity", "project"))
-    return run_id, f"{server}/{owner}/{project}/runs/{run_id}"
+def _wandb(run: RunDirectory, name: str) -> str:
+    """What lies in a run's wandb/: its `run_id`, and, where it was online, its `url`."""
+    file = run.wandb / name
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
 
 
 def _read_yaml(file: Path) -> Any:

@@ -132,21 +132,14 @@ def test_half_made_directories_are_no_runs(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- W&B
 
 
-@pytest.mark.parametrize(
-    ("entity", "folder", "url"),
-    [
-        ("team", "wandb/run-20261124_1200-abc123", "https://wandb.ai/team/sft_lab/runs/abc123"),
-        ("a/b?c", "wandb/run-20261124_1200-abc123", "https://wandb.ai/a%2Fb%3Fc/sft_lab/runs/abc123"),
-        ("team", "wandb/offline-run-20261124_1200-abc123", ""),
-        ("", "wandb/run-20261124_1200-abc123", ""),
-    ],
-)
-def test_the_page_in_wandb_of_a_run_that_was_online(entity: str, folder: str, url: str, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", {"tracking.entity": entity})
-    (run / "wandb" / folder).mkdir(parents=True)
-    (run / "wandb" / "run_id").write_text("abc123\n")
-    (record,) = read([run]).records
-    assert (record.wandb_id, record.wandb_url) == ("abc123", url)
+def test_the_page_in_wandb_of_a_run_that_was_online(tmp_path: Path) -> None:
+    for name in ("online", "offline"):
+        (write_run(tmp_path / name) / "wandb").mkdir()
+        (tmp_path / name / "wandb" / "run_id").write_text("abc123\n")
+    (tmp_path / "online" / "wandb" / "url").write_text("https://wandb.ai/team/sft_lab/runs/abc123\n")
+    online, offline = read([tmp_path / "online", tmp_path / "offline"]).records
+    assert (online.wandb_id, online.wandb_url) == ("abc123", "https://wandb.ai/team/sft_lab/runs/abc123")
+    assert (offline.wandb_id, offline.wandb_url) == ("abc123", "")
 
 
 # ------------------------------------------------------------------------------------------------------ differences

@@ -140,9 +140,9 @@ def test_what_the_data_says_is_text(tmp_path: Path) -> None:
 
 
 def test_a_wandb_link_is_shown_where_there_is_one(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "runs" / "a", {"tracking.entity": "team"})
-    (run / "wandb" / "run-1-abc123").mkdir(parents=True)
-    (run / "wandb" / "run_id").write_text("abc123")
+    run = write_run(tmp_path / "runs" / "a")
+    (run / "wandb").mkdir()
+    (run / "wandb" / "url").write_text("https://wandb.ai/team/sft_lab/runs/abc123")
     assert "https://wandb.ai/team/sft_lab/runs/abc123" in page_of(tmp_path / "runs").links
 
 
