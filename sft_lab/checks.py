@@ -163,6 +163,8 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield f"peft.r={c.peft.r} : too small for LoRA (allowed: 1 and more, or peft=none)"
     if c.peft.method == "lora" and not c.peft.target_modules:
         yield "peft.target_modules=[] : LoRA needs modules to adapt (allowed: [all-linear] or module names)"
+    if not c.sweep.name.strip() or "/" in c.sweep.name or c.sweep.name in (".", ".."):
+        yield f"sweep.name={c.sweep.name} : not the name of a directory (allowed: a name, without /)"
     yield from _data_contradictions(c)
     yield from _batch_contradictions(c)
     if c.trainer.max_steps == 0 or (c.trainer.max_steps < 0 and c.trainer.num_train_epochs <= 0):

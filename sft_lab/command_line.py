@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class CommandLine:
     multirun: bool
     composes: bool
     params: list[str] = dataclasses.field(default_factory=list)  # what a sweep's file varies: hydra.sweeper.params
+    leaves_out: bool = False  # sweep.on_bad_trial=skip
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -50,7 +52,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
 def check(command: CommandLine) -> Path | None:
     """Every check of the config that can be made before Hydra creates a directory.
 
-    Of a sweep each value is checked by itself, beside the first of all others.
+    Of a sweep each value is checked by itself, beside the first of all others; where bad trials are to be left out,
+    only what is wrong with all of them counts.
 
     Returns:
         The directory of a single run, as it would be named now; None for a sweep.
@@ -60,17 +63,20 @@ def check(command: CommandLine) -> Path | None:
     """
     if command.conf_dir and not Path(command.conf_dir).is_dir():
         raise ConfigError(f"--config-dir={command.conf_dir} : no such directory")
-    problems: list[str] = []
     with hydra_for(command.conf_dir) as hydra:
         loader = hydra.config_loader
         _read_sweep_file(hydra, command)
         typed = [*command.params, *command.overrides]
         choices = _single_values(typed, loader) if command.multirun else [command.overrides]
+        found = []
         for overrides in choices:
-            cfg, found = compose_and_check(loader, overrides, command.name)
-            problems += found or (checks.missing_files(to_dataclasses(cfg)) if cfg is not None else [])
-        if problems:
-            raise ConfigError(list(dict.fromkeys(problems)))
+            cfg, problems = compose_and_check(loader, overrides, command.name)
+            found.append(problems or (checks.missing_files(to_dataclasses(cfg)) if cfg is not None else []))
+        told = list(dict.fromkeys(itertools.chain(*found)))
+        if command.leaves_out:  # what is wrong with some trials alone is told with the plan
+            told = [problem for problem in told if all(problem in problems for problems in found)]
+        if told:
+            raise ConfigError(told)
         if command.multirun:
             return None
         full = hydra_compose(config_name=command.name, overrides=command.overrides, return_hydra_config=True)
@@ -97,6 +103,7 @@ def _read_sweep_file(hydra: Hydra, command: CommandLine) -> None:
     if command.multirun and sweeper not in ("GridSweeper", "OptunaSweeper"):
         raise ConfigError(f"hydra/sweeper : {sweeper} knows nothing of runs that go on (allowed: grid, optuna)")
     command.params = sweep_params(cfg)
+    command.leaves_out = OmegaConf.select(cfg, "sweep.on_bad_trial") == "skip"
     command.multirun = command.multirun or cfg.hydra.mode == RunMode.MULTIRUN
     if command.params and not command.multirun:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,18 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+
+class Terminal(Console):
+    """A console that a training outlives: Rich's own ends the program where nobody reads what it prints."""
+
+    def on_broken_pipe(self) -> None:
+        """What comes from now on goes nowhere, what other processes print there too."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
+console = Terminal(highlight=False, soft_wrap=True)
 
 
 def show_facts(facts: dict[str, str]) -> None:

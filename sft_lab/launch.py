@@ -142,6 +142,7 @@ def _recorded(run: RunDirectory, messages: RunLog) -> Iterator[None]:
             raise
         if isinstance(error, SftLabError):
             run.set_status("failed", error=str(error))
+            log.error("%s", error, exc_info=True)
             raise
         run.set_status("failed", error=f"{type(error).__name__}: {error}")
         log.error("the run failed", exc_info=True)

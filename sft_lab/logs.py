@@ -20,7 +20,8 @@ class _Terminal(logging.Handler):
         if record.exc_info:
             return
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody is there to read it any more
+            print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
 class RunLog(logging.handlers.MemoryHandler):

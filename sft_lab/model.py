@@ -152,6 +152,7 @@ def fit_embeddings(model: Any, tokenizer: Any) -> None:
     """Give the embeddings a row for each token that the tokenizer was given beyond them, drawn near their mean."""
     rows = model.get_input_embeddings().weight
     if len(tokenizer) > rows.shape[0]:
+        shared.own_embeddings(model)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=rows.device.type != "meta")
 
 

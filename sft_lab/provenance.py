@@ -24,7 +24,22 @@ _PACKAGES = (
 
 
 _KEPT_BYTES = 1_000_000  # of uncommitted changes
-_SECRET = re.compile(r"(^|/)(\.env[^/]*|\.netrc|[^/]*\.(pem|key))$")  # untracked files whose contents are not recorded
+_BY_NAME = "by its name a secret"
+# Files whose contents are not recorded: where tools keep passwords, keys and tokens, and names that say so themselves.
+_SECRET = re.compile(
+    r"""
+    (^|/) (
+        (\.ssh | \.aws | \.azure | \.gnupg | \.kube | secrets? | credentials?) / .*
+      | [^/]* \.(pem | key | p12 | pfx | p8 | jks | keystore | kdbx | ppk | env)
+      | \.env [^/]* | [._]netrc | \.git-credentials | \.pypirc | \.npmrc | \.pgpass | \.my\.cnf | \.htpasswd | \.boto
+      | \.s3cfg | \.dockercfg | \.docker/config\.json | kubeconfig | kaggle\.json
+      | id_(rsa | dsa | ecdsa | ed25519) [^/]*
+      | ([^/]* [ ._-])? (service[._-]?account | client[._-]?secret) [^/]* \.json
+      | ([^/]* [ ._-])? (token | secrets? | credentials? | passwords? | passwd | api[._-]?keys?) (\.[^/]*)?
+    ) $
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 def collect(config: Config, data: Prepared) -> dict[str, Any]:
@@ -56,19 +71,20 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
     Returns:
         commit, dirty, `diff` against the commit, `untracked` files that git does not ignore (name: text), and
-        `left_out`: what of them is not here because it is large, no text, or by its name a secret.
+        `left_out`: what of them is not here because it is large, no text, a link, or by its name a secret.
     """
     try:
         top = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel")).strip())
         commit = _git(top, "rev-parse", "HEAD").decode().strip()
         dirty = bool(_git(top, "status", "--porcelain"))
-        diff = _git(top, "diff", "--no-ext-diff", "--no-color", "HEAD")
-        names = [
-            os.fsdecode(n) for n in _git(top, "ls-files", "-z", "--others", "--exclude-standard").split(b"\0") if n
-        ]
+        changed = _names(_git(top, "diff", "--name-only", "-z", "--no-renames", "HEAD"))
+        secrets = [name for name in changed if _SECRET.search(name)]
+        diff = _diff(top, secrets)
+        names = _names(_git(top, "ls-files", "-z", "--others", "--exclude-standard"))
     except (OSError, subprocess.CalledProcessError):
         return None
     left_out = [f"diff: {_KEPT_BYTES} of its {len(diff)} bytes are kept"] if len(diff) > _KEPT_BYTES else []
+    left_out += [f"{name}: {_BY_NAME}" for name in secrets]
     diff = diff[:_KEPT_BYTES]
     untracked, not_kept = _texts(top, names, _KEPT_BYTES - len(diff))
     return {
@@ -86,13 +102,26 @@ def _git(folder: Path, *words: str) -> bytes:
     ).stdout
 
 
+def _diff(top: Path, without: list[str]) -> bytes:
+    """What `git apply` takes, whatever the person's own settings make `git diff` show."""
+    shown = ["--no-ext-diff", "--no-textconv", "--no-color", "--submodule=short"]
+    return _git(top, "diff", *shown, "HEAD", "--", ".", *(f":(exclude,literal){name}" for name in without))
+
+
+def _names(listed: bytes) -> list[str]:
+    return [os.fsdecode(name) for name in listed.split(b"\0") if name]
+
+
 def _texts(folder: Path, names: list[str], budget: int) -> tuple[dict[str, str], list[str]]:
     """The files' texts, `budget` bytes of them at most, and what was left out and why."""
     texts: dict[str, str] = {}
     left_out: list[str] = []
     for name in sorted(names):
         if _SECRET.search(name):
-            left_out.append(f"{name}: by its name a secret")
+            left_out.append(f"{name}: {_BY_NAME}")
+            continue
+        if (folder / name).is_symlink():  # what it leads to may be anything, and lie anywhere
+            left_out.append(f"{name}: a link to {(folder / name).readlink()}")
             continue
         try:
             size = (folder / name).stat().st_size

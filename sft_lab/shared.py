@@ -1,20 +1,20 @@
 """One set of base weights for all trials of a process.
 
 A trial gets modules of its own around the parameters that were read once, so that adapters, hooks and settings of one
-never reach the next. That the weights are still what was read is proven after each trial, not believed: full
-fine-tuning changes them, and so may a library. What was changed is read anew.
+never reach the next. With a 4-bit parameter comes its state (scales and code book), which is shared like the numbers
+that it scales. Embeddings that grow are the trial's own (`own_embeddings`). That the weights are still what was read is
+proven after each trial, not believed: full fine-tuning changes them, and so may a library. What was changed is read
+anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-log = logging.getLogger("sft_lab")
+from sft_lab.console import say
 
 
 class SharedBase:
@@ -24,6 +24,7 @@ class SharedBase:
         self._key: Any = None
         self._model: Any = None
         self._digest = ""
+        self._loaded: list[tuple[Any, bool]] = []
 
     def get(self, key: Any, load: Callable[[], Any]) -> Any:
         """A model whose parameters and buffers are those of `load()`, which is called where `key` is a new one."""
@@ -31,21 +32,30 @@ class SharedBase:
             self._forget()
             self._model, self._key = load(), key
             self._digest = digest(self._model)
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        return copy.deepcopy(self._model, {id(tensor): tensor for tensor in tensors})
+            self._loaded = [(parameter.device, parameter.requires_grad) for parameter in self._model.parameters()]
+        parameters = list(self._model.parameters())
+        # a 4-bit layer has a reference of its own to its parameter's state
+        states = [state for state in map(_quantisation, parameters) if state is not None]
+        return copy.deepcopy(self._model, {id(kept): kept for kept in [*parameters, *self._model.buffers(), *states]})
 
     def verify(self) -> bool:
         """Whether the weights are what they were, to the byte; else they are let go of. Called between two trials."""
         if self._model is None:
             return True
-        for parameter in self._model.parameters():
-            parameter.grad = None
-            parameter.requires_grad_(parameter.is_floating_point())
+        self._put_back()
         if digest(self._model) == self._digest:
             return True
-        log.info("the trial changed the base model's weights: they are read anew for the next")
+        say("the trial changed the base model's weights: they are read anew for the next")
         self._forget()
         return False
+
+    def _put_back(self) -> None:
+        """A trial freezes parameters and moves them to the GPU, where the next would draw its new weights otherwise."""
+        for parameter, (device, requires_grad) in zip(self._model.parameters(), self._loaded, strict=True):
+            parameter.grad = None
+            parameter.requires_grad_(requires_grad)
+            if parameter.device != device:
+                parameter.data = parameter.data.to(device)
 
     def _forget(self) -> None:
         self._key = self._model = None
@@ -76,13 +86,43 @@ def verify() -> None:
         _current.verify()
 
 
+def own_embeddings(model: Any) -> None:
+    """Give a model that shares its weights embeddings of its own, since to grow them changes the parameters in place.
+
+    What is tied stays tied: wherever the model had one parameter, it has one copy of it.
+    """
+    if _current is None:
+        return
+    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+    grown = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in grown:
+                setattr(module, name, copy.deepcopy(parameter, copies))
+
+
 def digest(model: Any) -> str:
-    """A digest of every parameter's and buffer's bytes, by name."""
+    """A digest by name of every parameter's and buffer's bytes, and of what 4-bit parameters are scaled by."""
     import torch
     import xxhash
 
     found = xxhash.xxh3_128()
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+    for name, tensor in _tensors(model):
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    yield from model.named_buffers()
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        if (state := _quantisation(parameter)) is not None:
+            for part, tensor in state.as_dict(packed=True).items():
+                yield f"{name}.{part}", tensor
+
+
+def _quantisation(parameter: Any) -> Any:
+    """The `QuantState` of bitsandbytes' 4-bit parameters, which is neither parameter nor buffer; None for others."""
+    return getattr(parameter, "quant_state", None)

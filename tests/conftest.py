@@ -53,6 +53,23 @@ def online(server: FakeWandb) -> dict[str, str]:
 
 
 @pytest.fixture
+def main(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """What `cli` runs, in this process: for the many answers that train nothing, without an import for each."""
+    from sft_lab.__main__ import main
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["sft_lab"])
+        code = main(words)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(["sft_lab", *words], code, out, err)
+
+    return run
+
+
+@pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     """`python -m sft_lab WORDS` in the test's own directory."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_lab.config import groups
+from sft_lab.options import groups
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY = ["model=tiny_llama", "tracking=none"]

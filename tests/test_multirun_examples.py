@@ -24,6 +24,7 @@ SMALL = {
     "data_mixture": (["data.sources.chat.path=chats.jsonl", "data.sources.code.path=code.jsonl", "data.sources.code.weight=0.5,2"], 2),
     "slurm_array": (["hydra/launcher=submitit_local", "peft=lora_r8", "trainer.packing=false"], 2),
 }  # fmt: skip
+SLOW = {"method_shootout", "slurm_array"}
 
 
 def test_there_is_one_for_each_file() -> None:
@@ -31,13 +32,15 @@ def test_there_is_one_for_each_file() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", SMALL)
-def test_it_runs(cli: Cli, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
+)
+def test_it_runs(main: Cli, tmp_path: Path, name: str) -> None:
     for file in ("chats.jsonl", "code.jsonl"):
         rows = [f'{{"prompt": "{file} {n}?", "completion": "it is {n}"}}\n' for n in range(60)]
         (tmp_path / file).write_text("".join(rows))
     words, count = SMALL[name]
-    check(cli("--config-dir", str(EXAMPLES), "-cn", name, *UNTRACKED, "trainer.max_length=256", *words))
+    check(main("--config-dir", str(EXAMPLES), "-cn", name, *UNTRACKED, "trainer.max_length=256", *words))
     assert states(tmp_path, name) == ["completed"] * count
     sweep = tmp_path / "outputs" / "sweeps" / name
     assert (sweep / "report.html").is_file()

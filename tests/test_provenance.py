@@ -73,12 +73,82 @@ def test_secrets_and_what_is_no_text_are_not_recorded(checkout: Path) -> None:
     (checkout / "weights.bin").write_bytes(b"\xff\xfe\x00")
     (checkout / ".env").write_text("WANDB_API_KEY=123\n")
     (checkout / "notes.txt").write_text("kept\n")
-    (checkout / "link").symlink_to("nowhere")
     found = state(checkout)
     assert found["untracked"] == {"package/notes.txt": "kept\n"}
-    told = dict(line.split(": ", 1) for line in found["left_out"])
-    assert told.keys() == {"package/weights.bin", "package/.env", "package/link"}
+    assert found["left_out"] == ["package/.env: by its name a secret", "package/weights.bin: no text, 3 bytes"]
     assert "123" not in str(found)
+
+
+SECRETS = [
+    ".env", ".env.local", "prod.env", ".netrc", "_netrc", ".git-credentials", ".pypirc", ".npmrc", ".pgpass", "a.pem", "A.KEY",
+    "a.p12", "a.pfx", "my.keystore", "id_rsa", "id_ed25519", "id_ed25519.old", "credentials", "credentials.json",
+    "application_default_credentials.json", "secret.txt", "secrets.yaml", "Secrets.toml", "hf_token", "hf_token.txt", "token",
+    ".vault-token", "kaggle.json", "service-account.json", "service_account_prod.json", "my-service-account-1.json",
+    "client_secret_12.apps.json", "openai_api_key.txt", "api-keys.json", "passwords.txt", ".aws/config", ".ssh/config",
+    "secrets/prod.yaml",
+]  # fmt: skip
+NO_SECRETS = [
+    "tokenizer.json", "tokenize.py", "token_counts.py", "special_tokens_map.json", "added_tokens.json", "tokens.txt", "keys.py",
+    "monkey", "environment.yaml", "env.py", "id_rows.json", "service_accounting.py", "secretary.txt", "passwordless.md",
+]  # fmt: skip
+
+
+def test_what_is_by_its_name_a_secret_is_named_and_no_more(checkout: Path) -> None:
+    for name in [*SECRETS, *NO_SECRETS]:
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_text(f"contents of {name}\n")
+    found = state(checkout)
+    assert found["untracked"].keys() == {f"package/{name}" for name in NO_SECRETS}
+    assert set(found["left_out"]) == {f"package/{name}: by its name a secret" for name in SECRETS}
+
+
+def test_changes_of_a_secret_that_git_knows_are_not_recorded(checkout: Path) -> None:
+    """What was changed, added and taken away; the other changes can still be had again."""
+    for name in ("secrets.yaml", "[a] token", "credentials.json", "hf_token"):
+        (checkout / name).write_text("password: old123\n" * 9)
+    (checkout / "plain.yaml").write_text("plain: 1\n")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-m", "second")
+    (checkout / "secrets.yaml").write_text("password: new123\n")
+    (checkout / "[a] token").write_text("password: new123\n")
+    git(checkout, "mv", "hf_token", "token")
+    git(checkout, "rm", "credentials.json")
+    (checkout / "id_rsa").write_text("new123\n")
+    git(checkout, "add", ".")
+    (checkout / "code.py").write_text("one = 2\n")
+    found = state(checkout)
+    assert "123" not in str(found)
+    names = ["[a] token", "credentials.json", "hf_token", "id_rsa", "secrets.yaml", "token"]
+    assert found["left_out"] == [f"package/{name}: by its name a secret" for name in names]
+    git(checkout, "reset", "--hard")
+    subprocess.run(["git", "apply"], cwd=checkout.parent, input=found["diff"].encode(), check=True)
+    assert (checkout / "code.py").read_text() == "one = 2\n"
+
+
+def test_what_a_persons_git_shows_in_a_diff_changes_nothing(checkout: Path) -> None:
+    """A program that turns a file into text for a diff, such as one that decrypts it."""
+    git(checkout, "config", "diff.shown.textconv", "sed s/^/decrypted-/")
+    git(checkout, "config", "color.diff", "always")
+    (checkout.parent / ".git" / "info" / "attributes").write_text("*.py diff=shown\n")
+    (checkout / "code.py").write_text("one = 2\n")
+    found = state(checkout)
+    assert "+one = 2" in found["diff"]
+    assert "decrypted" not in found["diff"]
+
+
+def test_a_link_is_not_followed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "notes.txt"
+    elsewhere.write_text("private\n")
+    (checkout / "link").symlink_to(elsewhere)
+    (checkout / "folder").symlink_to(elsewhere.parent)
+    (checkout / "broken").symlink_to("nowhere")
+    found = state(checkout)
+    assert found["untracked"] == {}
+    assert found["left_out"] == [
+        "package/broken: a link to nowhere",
+        f"package/folder: a link to {elsewhere.parent}",
+        f"package/link: a link to {elsewhere}",
+    ]
 
 
 def test_outside_a_checkout_or_without_git_there_is_no_state(

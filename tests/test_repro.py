@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from sft_lab import repro
 from sft_lab.errors import ConfigError
 from sft_lab.repro import Difference
 from sft_lab.runs import RunDirectory, write_json
-from tests.conftest import Cli
+from tests.conftest import Cli, online
+from tests.fake_wandb import FakeWandb
 from tests.test_run import check, read
 
 WORDS = [
@@ -71,7 +73,23 @@ def test_a_run_made_again_is_the_same_to_the_byte(finished: Path, tmp_path: Path
     assert f"the same result: {again}" in made.stdout
     assert read(again / "provenance.json")["hardware"]["torch_threads"] == threads
     assert (again / "overrides.yaml").read_text() == (run / "overrides.yaml").read_text()
-    assert (again / "config.yaml").read_text() == (run / "config.yaml").read_text()
+    config = (run / "config.yaml").read_text()
+    assert (again / "config.yaml").read_text() == config.replace("job_type: train", "job_type: repro")
+
+
+@pytest.mark.e2e
+def test_a_trial_made_again_is_no_trial_of_its_sweep(
+    finished: Path, tmp_path: Path, cli: Cli, wandb_server: FakeWandb
+) -> None:
+    run = shutil.copytree(finished / "run", tmp_path / "trial")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["sweep"]["name"] = "s"
+    config["tracking"] |= {"method": "wandb", "group": "s", "job_type": "trial", "tags": ["peft=lora_r8"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    check(cli("repro", "trial", "--run-dir", "again", env=online(wandb_server)))
+    (tracked,) = wandb_server.runs.values()
+    assert (tracked.name, tracked.job_type, tracked.group or "") == ("again", "repro", "")
+    assert tuple(tracked.tags) == ("peft=lora_r8",)
 
 
 @pytest.mark.e2e

@@ -48,6 +48,7 @@ def test_every_value_of_the_example_is_one_of_ours() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_an_agent_runs_the_example(wandb_server: FakeWandb, tmp_path: Path) -> None:
     """Each trial is the very run that the agent made for it, and what it was to try is what it tried."""
     said = wandb("sweep", "--project", "p", str(EXAMPLE), server=wandb_server, cwd=tmp_path)

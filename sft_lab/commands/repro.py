@@ -14,6 +14,7 @@ from sft_lab.runs import RunDirectory, to_json
 
 if TYPE_CHECKING:
     from sft_lab.repro import Difference
+    from sft_lab.schema import Config
 
 _THREADS = "hardware.torch_threads"
 
@@ -65,6 +66,7 @@ def _run_again(old: RunDirectory, new: RunDirectory, args: argparse.Namespace) -
     from sft_lab.logs import run_log
 
     config, record = repro.record_of(old)
+    _track_apart(config)
     with run_log():
         found = repro.differences(record, config)
     refused = repro.refusals(found, args.allow)
@@ -78,6 +80,14 @@ def _run_again(old: RunDirectory, new: RunDirectory, args: argparse.Namespace) -
     _set_threads(found)
     start(config, new, yaml.safe_load(old.overrides.read_text(encoding="utf-8")) if old.overrides.is_file() else [])
     return {"differences": repro.as_dicts(found), **repro.compare(old, new), "run_dir": str(new.path)}
+
+
+def _track_apart(config: Config) -> None:
+    """A sweep's trial, run again, is not one more trial of the sweep."""
+    tracking = config.tracking
+    if tracking.job_type == "trial" or tracking.group == config.sweep.name:
+        tracking.group = ""
+    tracking.job_type = "repro"
 
 
 def _set_threads(found: list[Difference]) -> None:

@@ -84,7 +84,7 @@ def drawn_up(candidates: Iterable[Candidate], sweeper: Sweeper, told: Callable[[
         raise ConfigError("-m : under a W&B agent all trials would be the one run that it began (allowed: no -m)")
     with run_log():
         plan = plans.draw_up(candidates, sweep, settings.on_bad_trial)
-        require_objective(settings, [trial.config for trial in plan.trials])
+        require_objective(settings, plan.trials)
         if told is None:
             plans.tell(plan, sweep)
         else:
@@ -93,12 +93,20 @@ def drawn_up(candidates: Iterable[Candidate], sweeper: Sweeper, told: Callable[[
     return plan
 
 
-def require_objective(settings: SweepConfig, configs: Sequence[Config]) -> None:
+def require_objective(settings: SweepConfig, trials: Sequence[Trial]) -> None:
     """
     Raises:
         ConfigError: what is to rank the trials is measured in none of them.
     """
-    measured = {"eval_loss"}.union(*(config.data.metrics for config in configs if config.evaluation.rows))
+    if settings.objective == "none":
+        return
+    if any(not trial.report.numbers["eval_rows"] for trial in trials if trial.report):
+        raise ConfigError(
+            f"sweep.objective={settings.objective} : no rows are held out to measure it on (allowed: data.eval_rows=N, "
+            "data.eval_path=FILE; or sweep.objective=none, which ranks nothing)"
+        )
+    configs = [trial.config for trial in trials]
+    measured = {"eval_loss", "none"}.union(*(config.data.metrics for config in configs if config.evaluation.rows))
     if settings.objective == "train_loss":
         raise ConfigError(
             "sweep.objective=train_loss : falls the more, the more is learned by heart "
@@ -111,9 +119,7 @@ def require_objective(settings: SweepConfig, configs: Sequence[Config]) -> None:
 
 
 def direction(settings: SweepConfig) -> str:
-    if settings.direction != "auto":
-        return settings.direction
-    return "minimize" if settings.objective.endswith("loss") else "maximize"
+    return ranking.direction_of(settings.objective) if settings.direction == "auto" else settings.direction
 
 
 def begin(sweep: SweepDirectory, settings: SweepConfig, left_out: list[dict[str, Any]], sampler: str) -> None:
@@ -121,12 +127,14 @@ def begin(sweep: SweepDirectory, settings: SweepConfig, left_out: list[dict[str,
     Raises:
         ConfigError: the sweep was begun by another sampler, or ranked by something else.
     """
-    now = {"objective": settings.objective, "direction": direction(settings), "sampler": sampler}
+    objective = "" if settings.objective == "none" else settings.objective
+    now = {"objective": objective, "direction": direction(settings), "sampler": sampler}
     before = sweep.read()
-    if sampler and before.get("sampler") and any(before[key] != value for key, value in now.items()):
+    other = [key for key in now if before.get(key) not in (None, now[key])]
+    if "sampler" in other or (sampler and other):  # a grid may be ranked by something else; a study may not
         raise ConfigError(
             f"sweep.name={sweep.name} : was begun with "
-            + ", ".join(f"{key} {before[key]}" for key in now)
+            + ", ".join(f"{key} {before[key] or 'none'}" for key in other)
             + " (allowed: the same, or another sweep.name)"
         )
     sweep.write(**now, left_out=left_out)
@@ -161,7 +169,7 @@ def finish(trials: dict[str, Trial], outcomes: dict[str, Outcome], sweeper: Swee
     """Put the trials side by side: table, report, W&B.
 
     Raises:
-        RunError: some failed.
+        RunError: some failed, or are under way without us.
     """
     sweep = sweeper.directory
     if not trials:
@@ -176,11 +184,13 @@ def finish(trials: dict[str, Trial], outcomes: dict[str, Outcome], sweeper: Swee
     except OSError as error:  # a full disk, say: the trials are what they are
         say(f"no report: {error}")
     _track(next(iter(trials.values())).config, sweep, sweeper.settings, comparison, verdict)
-    failed = [name for name in trials if not outcomes[name].done]
-    if failed:
-        raise RunError(
-            f"sweep {sweep.name}: {len(failed)} of {len(trials)} trials failed; the same command tries them again"
-        )
+    states = [outcomes[name].state for name in trials]
+    waiting = sum(state in ("new", "running") for state in states)
+    failed = sum(state in ("failed", "interrupted") for state in states)
+    if failed or waiting:
+        counts = [f"{failed} of {len(trials)} trials failed"] if failed else []
+        counts += [f"{waiting} of {len(trials)} are not done yet"] if waiting else []
+        raise RunError(f"sweep {sweep.name}: {', '.join(counts)}; the same command tries again what is not done")
 
 
 def _track(

@@ -127,8 +127,8 @@ def _require_disk(plan: Plan, sweep: SweepDirectory) -> None:
     needed, free = _disk_bytes(plan.to_run), _free_bytes(sweep)
     if needed > free:
         raise ConfigError(
-            f"sweep.name={sweep.name} : {len(plan.to_run)} trials need {needed / 1e9:.1f} GB, "
-            f"{sweep.path} has {free / 1e9:.1f} GB (allowed: fewer trials, or a larger trainer.save_steps)"
+            f"sweep.name={sweep.name} : {len(plan.to_run)} trials need {needed / 1e6:.1f} MB, "
+            f"{sweep.path} has {free / 1e6:.1f} MB (allowed: fewer trials, or a larger trainer.save_steps)"
         )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import TrainerCallback
 
 from sft_lab.errors import Pruned
 from sft_lab.sweep import study as studies
+
+log = logging.getLogger("sft_lab")
 
 
 class Reporter(TrainerCallback):
@@ -26,12 +29,24 @@ class Reporter(TrainerCallback):
         step, value = state.global_step, metrics.get(self._objective)
         if not self._training or value is None or step >= state.max_steps:
             return
-        if step not in self._known:  # a resumed trial comes by its evaluations again
-            self._trial.report(value, step)
+        if not self._heard(value, step):
+            return
         if self._trial.should_prune():
             reason = f"{self._objective} {value:.4f} is behind other trials at this step ({self._pruner} pruner)"
             self._pruned = Pruned(step, reason)
             control.should_training_stop = control.should_save = True
+
+    def _heard(self, value: float, step: int) -> bool:
+        """Whether the search still listens: it may have given this trial up for dead while its process trained on."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
+            if step not in self._known:  # a resumed trial comes by its evaluations again
+                self._trial.report(value, step)
+        except UpdateFinishedTrialError as error:
+            log.warning("the search no longer asks for this trial, which goes on: %s", error)
+            return False
+        return True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._training = False

@@ -6,20 +6,19 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sft_lab.checks import not_among
 from sft_lab.errors import ConfigError
-from sft_lab.sweep.differences import shown
+from sft_lab.sweep.differences import differs, is_number, shown
 from sft_lab.sweep.records import Comparison, Record
 from sft_lab.sweep.student import t_quantile
 
 _SEEDS = ("seed", "data.seed")
 _CONFIDENCE = 0.975  # both sides of 5 %
 # What changes the rows that are held out, and, for a loss, what a token is.
-_EVALUATED_ON = (
-    "data.source", "data.path", "data.name", "data.split", "data.revision", "data.format", "data.eval_path",
-    "data.eval_split", "data.eval_rows", "data.eval_fraction",
-)  # fmt: skip
+_EVALUATED_ON = ("data.format", "data.eval_path", "data.eval_split", "data.eval_rows", "data.eval_fraction")
+_TRAINED_ON = ("data.source", "data.path", "data.name", "data.split", "data.revision")
 _ANSWERS_DEPEND_ON = ("evaluation.rows", "evaluation.max_new_tokens")
 _LOSS_DEPENDS_ON = ("model.path", "model.revision", "chat_template.name", "chat_template.path", "data.loss",
                     "trainer.max_length")  # fmt: skip
@@ -146,17 +145,22 @@ def _split(records: Sequence[Record], objective: str) -> tuple[list[Record], lis
 
 
 def without_seed(record: Record) -> str:
-    """What tells a config from others, but for its seed."""
-    config = record.config
-    follows = config.get("data.seed") == config.get("seed")
-    left_out = _SEEDS if follows else _SEEDS[:1]
-    return repr(sorted((key, shown(value)) for key, value in config.items() if key not in left_out))
+    """What tells a config from others, but for its seeds."""
+    return repr(sorted((key, shown(value)) for key, value in record.config.items() if key not in _SEEDS))
 
 
 def _groups(ranked: Sequence[Record], objective: str) -> list[Group]:
-    members: dict[str, list[Record]] = {}
-    for record in ranked:
-        members.setdefault(without_seed(record) if record.config else str(record.path), []).append(record)
+    """Runs that differ in the seed; a data.seed of its own is another config, one that follows the seed is not.
+
+    Beside runs of data.seed=42 whatever their seed is, the one of seed=42 is one of them.
+    """
+    keys = [without_seed(record) if record.config else str(record.path) for record in ranked]
+    data_seeds = [shown(record.config.get("data.seed")) for record in ranked]
+    follows = [shown(record.config.get("seed")) == seed for record, seed in zip(ranked, data_seeds, strict=True)]
+    fixed = {(key, seed) for key, seed, follow in zip(keys, data_seeds, follows, strict=True) if not follow}
+    members: dict[tuple[str, str | None], list[Record]] = {}
+    for key, seed, record in zip(keys, data_seeds, ranked, strict=True):
+        members.setdefault((key, seed if (key, seed) in fixed else None), []).append(record)
     groups = []
     for same in members.values():
         values = [record.metrics[objective] for record in same]
@@ -226,7 +230,28 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 def _notes(ranked: Sequence[Record], objective: str) -> list[str]:
     keys = (*_EVALUATED_ON, *(_LOSS_DEPENDS_ON if objective.endswith("loss") else _ANSWERS_DEPEND_ON))
-    differ = [key for key in keys if len({shown(r.config[key]) for r in ranked if key in r.config}) > 1]
+    differ = [*_held_out_by(ranked), *(key for key in keys if differs(ranked, key))]
     if not differ:
         return []
-    return [f"{objective} was not measured alike in all runs: they differ in {', '.join(differ)}."]
+    hint = " data.seed=42 in all of them holds the same rows out." if "data.seed" in differ else ""
+    return [f"{objective} was not measured alike in all runs: they differ in {', '.join(differ)}.{hint}"]
+
+
+def _held_out_by(ranked: Sequence[Record]) -> list[str]:
+    """What differs in where held-out rows come from, of the runs that have no file of their own for them.
+
+    Which rows those are data.seed decides, unless a split of their own holds them; data=requests makes them by it.
+    """
+    taken = [record for record in ranked if not record.config.get("data.eval_path")]
+    keys = dict.fromkeys(key for record in taken for key in record.config if key.startswith("data.sources."))
+    sources = [key for key in keys if not key.endswith(".weight")]  # how often rows are trained on
+    differ = [key for key in (*_TRAINED_ON, *sources) if differs(taken, key)]
+    # a source that a run lacks is named once
+    differ = [key for key in differ if key.endswith(".path") or all(key in record.config for record in taken)]
+    drawn = [record for record in taken if _draws(record.config)]
+    return [*differ, *(["data.seed"] if differs(drawn, "data.seed") else [])]
+
+
+def _draws(config: dict[str, Any]) -> bool:
+    counts: list[Any] = [config.get("data.eval_rows"), config.get("data.eval_fraction")]
+    return not config.get("data.eval_split") and any(count > 0 for count in counts if is_number(count))

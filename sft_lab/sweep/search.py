@@ -6,9 +6,10 @@ for again, with its own values, and so goes on in its own directory; `n_trials` 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 # user attributes of a trial
 _RETRY_OF = "retry_of"  # the number of the trial that this one takes the place of
-_DIRECTORY = "directory"  # of the sweep that asked for it: several machines can share a study
+_DIRECTORY = "directory"  # of the sweep that asked for it: several machines can share a database
+_TRIAL = "trial"  # its name there
+_CANNOT_RUN = "cannot_run"
+_COMBINED = 256  # combinations of choices and ends that are composed before the first trial
 
 
 class OptunaSweeper(GridSweeper):
@@ -75,9 +79,10 @@ class OptunaSweeper(GridSweeper):
                 "hydra/sweeper=optuna : nothing varies (allowed: KEY=interval(A,B), KEY=choice(A,B), ...)"
             )
         studies.require_known(self.sampler, self.pruner, self.space)
-        for key, value in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"hydra.sweeper.{key}={value} : not allowed (allowed: 1, 2, 3, ...)")
+        for key, least in (("n_trials", 1), ("n_jobs", 1), ("seed", 0), ("warmup_steps", 0)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"hydra.sweeper.{key}={value} : not allowed (allowed: {least}, {least + 1}, ...)")
         if self.n_jobs > 1 and self.in_this_process:
             raise ConfigError(
                 f"hydra.sweeper.n_jobs={self.n_jobs} : trials would run one after another and know less of each other "
@@ -89,13 +94,10 @@ class OptunaSweeper(GridSweeper):
     def _require_evaluations(self, trials: Sequence[Trial]) -> None:
         """
         Raises:
-            ConfigError: the objective, or what a pruner goes by, is not measured.
+            ConfigError: there is no objective, or what a pruner goes by is not measured.
         """
-        if any(not trial.report.numbers["eval_rows"] for trial in trials if trial.report):
-            raise ConfigError(
-                f"sweep.objective={self.settings.objective} : no rows are held out to measure it on (allowed: "
-                "data.eval_rows, data.eval_path)"
-            )
+        if self.settings.objective == "none":
+            raise ConfigError("sweep.objective=none : a search needs one (allowed: eval_loss, or one of data.metrics)")
         if self.pruner == "none":
             return
         if self.settings.objective != "eval_loss":
@@ -110,12 +112,19 @@ class OptunaSweeper(GridSweeper):
             )
 
     def _corners(self, values: dict[str, list[str]]) -> Iterator[plans.Candidate]:
-        """Trials with each end of an interval and each choice, beside the first of all others."""
+        """Trials with each end of an interval and each choice beside the first of all others; and whatever else of
+        their combinations contradicts itself.
+        """
         first = {key: texts[0] for key, texts in values.items()}
         for key, texts in values.items():
             for text in texts if key == next(iter(values)) else texts[1:]:
                 varied = list({**first, key: text}.values())
                 yield self.compose([*self.fixed, *varied], varied)
+        for combination in itertools.islice(itertools.product(*values.values()), _COMBINED):
+            if sum(text != first[key] for key, text in zip(values, combination, strict=True)) > 1:
+                candidate = self.compose([*self.fixed, *combination], combination)
+                if candidate.config is None:
+                    yield candidate
 
     def _cost(self, plan: plans.Plan) -> str:
         done = [t for t in self.directory.read()["trials"] if self.directory.outcome(t).done]
@@ -128,14 +137,17 @@ class OptunaSweeper(GridSweeper):
         study = self._open()
         self.trials = {name: self._remembered(name) for name in self.directory.read()["trials"]}
         self.watch = conduct.Watch(self.trials, self.n_trials)
-        _ask_again(study, str(self.directory.path))
-        while (left := self.n_trials - _counted(study)) > 0:
+        self._require_same_space(study)
+        self._ask_again(study)
+        while (left := self.n_trials - self._counted(study)) > 0:
             asked = [self._ask(study) for _ in range(min(left, self.n_jobs))]
             to_run = {trial.id: trial for _, trial in asked if trial and not trial.outcome.done}
             self.launch(list(to_run.values()), self.watch)
             for number, trial in asked:
                 if trial is not None:
                     self._tell(study, number, self.watch.outcomes.setdefault(trial.id, trial.outcome))
+            if any(self.directory.run(name).in_use for name in to_run):
+                return  # the launcher gave up on jobs that train on: they count when the command is typed again
 
     def _open(self) -> optuna.Study:
         import optuna
@@ -148,6 +160,48 @@ class OptunaSweeper(GridSweeper):
             pruner=studies.pruner_of(self.pruner, self.warmup_steps),
             load_if_exists=True,
         )
+
+    def _require_same_space(self, study: optuna.Study) -> None:
+        """
+        Raises:
+            ConfigError: the study knows other choices of a key, which Optuna cannot add to.
+        """
+        for trial in study.trials:
+            for key, before in trial.distributions.items():
+                choices = getattr(before, "choices", None)
+                if key in self.space and choices and choices != getattr(self.space[key], "choices", None):
+                    raise ConfigError(
+                        f"{key} : this search was begun with {', '.join(map(str, choices))}, and knows no others "
+                        "(allowed: the same, or another sweep.name)"
+                    )
+
+    def _ask_again(self, study: optuna.Study) -> None:
+        """Put what was killed or failed in an earlier session of this sweep first in the queue."""
+        from optuna.trial import TrialState
+
+        replaced = {trial.user_attrs.get(_RETRY_OF) for trial in study.trials}
+        for trial in study.trials:
+            ended = trial.state == TrialState.FAIL and not trial.user_attrs.get(_CANNOT_RUN)
+            dead = trial.state == TrialState.RUNNING and self._ours(trial) and not self._under_way(trial)
+            if dead:
+                study.tell(trial.number, state=TrialState.FAIL)
+            if (dead or (ended and self._ours(trial))) and trial.number not in replaced:
+                study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
+
+    def _ours(self, trial: Any) -> bool:
+        """A journal is in this sweep's directory, wherever that is now; a database may be others' too."""
+        return not self.storage or trial.user_attrs.get(_DIRECTORY) == str(self.directory.path)
+
+    def _under_way(self, trial: Any) -> bool:
+        """Whether a process trains it now, which an earlier session began."""
+        name = trial.user_attrs.get(_TRIAL)
+        return name is not None and self.directory.run(name).in_use
+
+    def _counted(self, study: optuna.Study) -> int:
+        """Trials that have ended, each retried one once, and those that are under way elsewhere."""
+        replaced = {trial.user_attrs.get(_RETRY_OF) for trial in study.trials}
+        ended = sum(trial.state.is_finished() and trial.number not in replaced for trial in study.trials)
+        return ended + sum(not trial.state.is_finished() and self._under_way(trial) for trial in study.trials)
 
     def _remembered(self, name: str) -> Trial:
         """A trial of an earlier session."""
@@ -165,10 +219,12 @@ class OptunaSweeper(GridSweeper):
             trial = plans.checked(candidate, self.directory, self.prepared)
         if trial is None:
             say(f"left out: {' '.join(varied)}: {'; '.join(candidate.problems)}")
+            asked.set_user_attr(_CANNOT_RUN, True)
             self._tell(study, asked.number, Outcome("", "failed"))
             left_out = [*self.directory.read()["left_out"], plans.left_out(candidate)]
             self.directory.write(left_out=left_out)
             return asked.number, None
+        asked.set_user_attr(_TRIAL, trial.id)
         self.directory.freeze([trial])
         self.directory.report_to(
             trial.id,
@@ -187,6 +243,8 @@ class OptunaSweeper(GridSweeper):
         from optuna.samplers import RandomSampler
         from optuna.trial import TrialState
 
+        if outcome.state in ("new", "running") and self.directory.run(outcome.trial).in_use:
+            return
         study.sampler = RandomSampler()  # the grid's stops Optuna's own loop after its last trial
         if outcome.state == "pruned":
             study.tell(number, state=TrialState.PRUNED)
@@ -206,23 +264,3 @@ def _ends(override: Override) -> list[str]:
     if not isinstance(value, IntervalSweep):
         return []
     return [f"{override.get_key_element()}={end}" for end in (value.start, value.end)]
-
-
-def _ask_again(study: optuna.Study, directory: str) -> None:
-    """Put what was killed or failed in an earlier session of this sweep first in the queue."""
-    from optuna.trial import TrialState
-
-    replaced = {trial.user_attrs.get(_RETRY_OF) for trial in study.trials}
-    for trial in study.trials:
-        if trial.user_attrs.get(_DIRECTORY) != directory:
-            continue
-        if trial.state == TrialState.RUNNING:
-            study.tell(trial.number, state=TrialState.FAIL)
-        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.number not in replaced:
-            study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
-
-
-def _counted(study: optuna.Study) -> int:
-    """Trials that have ended, each retried one once."""
-    replaced = {trial.user_attrs.get(_RETRY_OF) for trial in study.trials}
-    return sum(trial.state.is_finished() and trial.number not in replaced for trial in study.trials)

@@ -19,7 +19,11 @@ PRUNERS = ("none", "median", "successive_halving")
 
 
 def distributions_of(overrides: Sequence[Override], values: Mapping[str, list[str]]) -> dict[str, BaseDistribution]:
-    """What each swept key may be: an interval (log where it is tagged so), a range, or one of `values`."""
+    """What each swept key may be: an interval (log where it is tagged so), a range, or one of `values`.
+
+    Raises:
+        ConfigError: an interval that is none.
+    """
     from optuna import distributions as d
 
     space: dict[str, BaseDistribution] = {}
@@ -29,6 +33,11 @@ def distributions_of(overrides: Sequence[Override], values: Mapping[str, list[st
             assert value.start is not None
             assert value.end is not None
             log = "log" in value.tags
+            if value.start >= value.end or (log and value.start <= 0):
+                raise ConfigError(
+                    f"{override.input_line} : not an interval (allowed: interval(LOW, HIGH)"
+                    f"{', both above 0 where it is tagged log' if log else ''})"
+                )
             if checks.type_of(key) is int:
                 space[key] = d.IntDistribution(int(value.start), int(value.end), log=log)
             else:

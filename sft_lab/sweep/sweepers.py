@@ -78,7 +78,11 @@ class GridSweeper(Sweeper):
         """The overrides of a sweep's file and of the command line, which win."""
         parser = OverridesParser.create(config_loader=self.loader)
         found = parser.parse_overrides([*command_line.sweep_params(self.config), *arguments])
-        return list({override.get_key_element(): override for override in found}.values())
+        overrides = {override.get_key_element(): override for override in found}
+        for key, override in overrides.items():
+            if key.startswith("sweep.") and override.is_sweep_override():
+                raise ConfigError(f"{override.input_line} : is of the whole sweep (allowed: one value)")
+        return list(overrides.values())
 
     @property
     def in_this_process(self) -> bool:
@@ -123,7 +127,7 @@ class GridSweeper(Sweeper):
 
     def _through_launcher(self, trials: Sequence[Trial]) -> None:
         """Hydra composes each job once more, in its process; the task then runs what was planned, by the directory."""
-        place = [f"hydra.sweep.dir={self.directory.path}", f"sweep.name={self.directory.name}"]
+        place = [f"hydra.sweep.dir={_quoted(str(self.directory.path))}", f"sweep.name={_quoted(self.directory.name)}"]
         jobs = [[*job.typed, *place, f"hydra.sweep.subdir={job.id}"] for job in trials]
         try:
             self.launcher.launch(jobs, initial_job_idx=0)
@@ -139,6 +143,12 @@ def _combinations(overrides: Sequence[Override]) -> Iterator[tuple[list[str], li
     swept: list[Iterable[str]] = [values_of(o) for o in overrides if o.is_sweep_override()]
     for varied in itertools.product(*swept):
         yield [*(text for text in fixed if text), *varied], list(varied)
+
+
+def _quoted(text: str) -> str:
+    """A text as Hydra's grammar takes any."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def values_of(override: Override) -> list[str]:

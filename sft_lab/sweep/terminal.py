@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sft_lab.console import console, say
+from sft_lab.console import Terminal, console, say
 from sft_lab.data.view import printable
 from sft_lab.sweep import table
 from sft_lab.sweep.differences import tied
@@ -24,7 +23,7 @@ _TITLES = {"tokens_per_s": "tokens/s", "peak_memory_bytes": "memory", "train_s":
 
 def show(comparison: Comparison, verdict: Verdict) -> None:
     """As much as the terminal is wide enough for; a pipe takes lines of any length."""
-    wide = Console(width=_PIPE, height=_PIPE, highlight=False)  # given both, it asks no terminal
+    wide = Terminal(width=_PIPE, height=_PIPE, highlight=False)  # given both, it asks no terminal
     screen = console if console.is_terminal else wide
     metrics = table.metric_names(comparison, verdict)
     grid = _table(comparison, verdict, comparison.keys, metrics, table.COSTS)

@@ -26,6 +26,7 @@ DEFAULTS = {
 NEED_ARGUMENTS = {"model=from_path", "chat_template=from_file"}  # asked for by a long name, see the module
 # Named as chatml and zephyr are; with seven templates each would be too rare to be learned in a short demonstration.
 NOT_ASKED = {f"chat_template={name}" for name in ("llama3", "mistral", "gemma", "qwen", "alpaca")}
+NOT_ASKED |= {"tracking=tensorboard", "tracking=trackio", "tracking=mlflow"}  # the same holds for these
 EXAMPLE = "tune mistral in 4 bit, rank 64"
 
 

@@ -168,6 +168,13 @@ def test_a_data_seed_of_its_own_is_another_config() -> None:
     assert [group.n for group in best(runs, "eval_loss").groups] == [1, 1]
 
 
+def test_the_seed_that_is_as_large_as_a_fixed_data_seed_is_one_of_them() -> None:
+    fixed = [run(f"a{i}", seed=i, eval_loss=i / 10, config={"data.seed": 42}) for i in (41, 42, 43)]
+    assert [group.n for group in best(fixed, "eval_loss").groups] == [3]
+    follow = [run(f"a{i}", seed=i, eval_loss=9.0) for i in (1, 2)]
+    assert [group.n for group in best([*fixed, *follow], "eval_loss").groups] == [3, 2]
+
+
 def test_runs_that_were_evaluated_on_other_rows_are_told_of() -> None:
     runs = [
         run("a", eval_loss=1.0, config={"data.path": "a.jsonl"}),
@@ -175,6 +182,58 @@ def test_runs_that_were_evaluated_on_other_rows_are_told_of() -> None:
     ]
     assert best(runs, "eval_loss").notes == ["eval_loss was not measured alike in all runs: they differ in data.path."]
     assert best(seeds("a", 1.0, 2.0), "eval_loss").notes == []
+
+
+HELD_OUT: dict[str, object] = {"data.path": "x.jsonl", "data.eval_rows": 4, "data.eval_fraction": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, True),
+        ({"data.eval_rows": 0, "data.eval_fraction": 0.1}, True),
+        ({"data.source": "requests"}, True),
+        ({"data.seed": 42}, False),
+        ({"data.eval_rows": 0}, False),
+        ({"data.eval_rows": 0, "data.eval_path": "held_out.jsonl"}, False),
+        ({"data.eval_rows": 0, "data.eval_split": "test"}, False),
+    ],
+)
+def test_seeds_that_were_measured_on_other_rows_are_told_of(changes: dict[str, object], told: bool) -> None:
+    runs = [run(f"a{seed}", seed=seed, eval_loss=1.0, config=HELD_OUT | changes) for seed in (1, 2)]
+    note = (
+        "eval_loss was not measured alike in all runs: they differ in data.seed. data.seed=42 in all of them holds the "
+        "same rows out."
+    )
+    assert best(runs, "eval_loss").notes == ([note] if told else [])
+
+
+def mixed(**sources: dict[str, object]) -> dict[str, object]:
+    keys = {f"data.sources.{name}.{key}": value for name, source in sources.items() for key, value in source.items()}
+    return HELD_OUT | {"data.seed": 42} | keys
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"chat": {"path": "a", "sample": 0.5, "weight": 1.0}}, "data.sources.chat.sample"),
+        ({"chat": {"path": "b", "sample": 1.0, "weight": 1.0}}, "data.sources.chat.path"),
+        (
+            {"chat": {"path": "a", "sample": 1.0, "weight": 1.0}, "code": {"path": "b", "sample": 1.0, "weight": 1.0}},
+            "data.sources.code.path",
+        ),
+        ({"chat": {"path": "a", "sample": 1.0, "weight": 0.1}}, ""),
+    ],
+)
+def test_rows_held_out_of_another_mixture_are_told_of(other: dict[str, dict[str, object]], told: str) -> None:
+    """Weights say how often rows are trained on, not which are held out."""
+    first = run("a", eval_loss=1.0, config=mixed(chat={"path": "a", "sample": 1.0, "weight": 1.0}))
+    runs = [first, run("b", eval_loss=2.0, config=mixed(**other))]
+    note = f"eval_loss was not measured alike in all runs: they differ in {told}."
+    assert best(runs, "eval_loss").notes == ([note] if told else [])
+    for record in runs:
+        record.config |= {"data.eval_path": "held_out.jsonl", "data.eval_rows": 0}
+    assert best(runs, "eval_loss").notes == []
 
 
 def test_a_loss_over_other_tokens_is_told_of_and_an_exact_match_is_not() -> None:
