@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ FEW = 8  # values that each get a place of their own
 _INTERVALS = 5  # that more numbers than that are put into, for a mean or a cell
 _LABELS = 10  # on one axis
 _LONGEST = 24  # characters of a label
+_DIGITS = 6  # characters that a number may have as it is
 _DECADE = 10
+_FEW_DRAWN = 5  # values, up to which they are named even if none comes twice
 
 
 @dataclass
@@ -67,13 +70,17 @@ def axis_of(key: str, records: Sequence[Record]) -> Axis:
     distinct = sorted(
         {shown(value): value for value in values}.items(), key=lambda item: item[1] if numbers else item[0]
     )
-    if not numbers or len(distinct) <= FEW:
+    drawn = numbers and _FEW_DRAWN < len(distinct) == len(values)  # by a search: none comes twice
+    if not drawn and (not numbers or len(distinct) <= FEW):
         return Axis(key, {text: place for place, (text, _) in enumerate(distinct)}, False, 0, len(distinct) - 1)
     low, high = float(distinct[0][1]), float(distinct[-1][1])
     return Axis(key, None, low > 0 and high / low > _DECADE, low, high)
 
 
 def short(text: str) -> str:
+    """A value as a label: a number to three digits, a long text without its middle."""
+    with contextlib.suppress(ValueError):
+        return text if len(text) <= _DIGITS else f"{float(text):.3g}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2 - 1]}…{text[-_LONGEST // 2 :]}"
 
 
