@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 
 from sft_lab.console import say
-from sft_lab.errors import ConfigError
+from sft_lab.errors import ConfigError, RunError
 from sft_lab.logs import run_log
 from sft_lab.runs import read_json
 from sft_lab.sweep import conduct
@@ -51,12 +51,13 @@ class OptunaSweeper(GridSweeper):
         super().__init__(params)
         self.sampler, self.n_trials, self.n_jobs, self.seed = sampler, n_trials, n_jobs, seed
         self.storage, self.pruner, self.warmup_steps = storage, pruner, warmup_steps
+        self.cannot_run = 0  # trials that contradict themselves, and that the plan could not foresee
 
     def carry_out(self, overrides: Sequence[Override]) -> None:
         studies.quieten()
         self.fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
         self.swept = [o for o in overrides if o.is_sweep_override()]
-        values = {o.get_key_element(): _ends(o) or values_of(o) for o in self.swept}
+        values = {o.get_key_element(): studies.ends_of(o) or values_of(o) for o in self.swept}
         self.space = studies.distributions_of(self.swept, values)
         self._require_sense()
         sweep = self.directory
@@ -70,6 +71,11 @@ class OptunaSweeper(GridSweeper):
             with conduct.under_way():
                 self._search()
             conduct.finish(self.trials, self.watch.outcomes, self)
+        if self.cannot_run and self.settings.on_bad_trial == "error":
+            raise RunError(
+                f"sweep {sweep.name}: {self.cannot_run} of the trials that were asked for cannot run "
+                "(sweep.on_bad_trial=skip takes no offence)"
+            )
 
     # ------------------------------------------------------------------------------------------------- before it
 
@@ -137,7 +143,7 @@ class OptunaSweeper(GridSweeper):
         study = self._open()
         self.trials = {name: self._remembered(name) for name in self.directory.read()["trials"]}
         self.watch = conduct.Watch(self.trials, self.n_trials)
-        self._require_same_space(study)
+        studies.require_same_choices(study, self.space)
         self._ask_again(study)
         while (left := self.n_trials - self._counted(study)) > 0:
             asked = [self._ask(study) for _ in range(min(left, self.n_jobs))]
@@ -160,20 +166,6 @@ class OptunaSweeper(GridSweeper):
             pruner=studies.pruner_of(self.pruner, self.warmup_steps),
             load_if_exists=True,
         )
-
-    def _require_same_space(self, study: optuna.Study) -> None:
-        """
-        Raises:
-            ConfigError: the study knows other choices of a key, which Optuna cannot add to.
-        """
-        for trial in study.trials:
-            for key, before in trial.distributions.items():
-                choices = getattr(before, "choices", None)
-                if key in self.space and choices and choices != getattr(self.space[key], "choices", None):
-                    raise ConfigError(
-                        f"{key} : this search was begun with {', '.join(map(str, choices))}, and knows no others "
-                        "(allowed: the same, or another sweep.name)"
-                    )
 
     def _ask_again(self, study: optuna.Study) -> None:
         """Put what was killed or failed in an earlier session of this sweep first in the queue."""
@@ -220,6 +212,7 @@ class OptunaSweeper(GridSweeper):
         if trial is None:
             say(f"left out: {' '.join(varied)}: {'; '.join(candidate.problems)}")
             asked.set_user_attr(_CANNOT_RUN, True)
+            self.cannot_run += 1
             self._tell(study, asked.number, Outcome("", "failed"))
             left_out = [*self.directory.read()["left_out"], plans.left_out(candidate)]
             self.directory.write(left_out=left_out)
@@ -256,11 +249,3 @@ class OptunaSweeper(GridSweeper):
             study.tell(number, state=TrialState.FAIL)
         else:
             study.tell(number, value)
-
-
-def _ends(override: Override) -> list[str]:
-    """Both ends of an interval, as overrides."""
-    value = override.value()
-    if not isinstance(value, IntervalSweep):
-        return []
-    return [f"{override.get_key_element()}={end}" for end in (value.start, value.end)]

@@ -51,6 +51,29 @@ def distributions_of(overrides: Sequence[Override], values: Mapping[str, list[st
     return space
 
 
+def ends_of(override: Override) -> list[str]:
+    """Both ends of an interval, as overrides; none of anything else."""
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        return []
+    return [f"{override.get_key_element()}={end}" for end in (value.start, value.end)]
+
+
+def require_same_choices(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> None:
+    """
+    Raises:
+        ConfigError: the study knows other choices of a key, which Optuna cannot add to.
+    """
+    for trial in study.trials:
+        for key, before in trial.distributions.items():
+            choices = getattr(before, "choices", None)
+            if key in space and choices and choices != getattr(space[key], "choices", None):
+                raise ConfigError(
+                    f"{key} : this search was begun with {', '.join(map(str, choices))}, and knows no others "
+                    "(allowed: the same, or another sweep.name)"
+                )
+
+
 def require_known(sampler: str, pruner: str, space: Mapping[str, BaseDistribution]) -> None:
     """
     Raises:
