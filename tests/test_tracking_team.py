@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -244,29 +245,29 @@ class Failing(FakeWandb):
         return super().ArtifactType()
 
 
-@pytest.mark.slow  # the client asks an unreachable server for 10 s each time
-def test_an_outage_at_the_end_of_a_sweep_is_a_sentence(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Failing]:
+    """The server that the client knows of."""
     with Failing() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", server.api_key)
-        message = record(config(finish_timeout_s=1), sweep, link_to="wandb-registry-model/requests")
-        assert "r8 is not linked" in message or "no record of the adapter" in caplog.text
-        assert "W&B upload not complete after 1 s" in message
+        yield server
+
+
+@pytest.mark.slow  # the client asks an unreachable server for 10 s each time
+@pytest.mark.usefixtures("failing")
+def test_an_outage_at_the_end_of_a_sweep_is_a_sentence(sweep: Path, caplog: pytest.LogCaptureFixture) -> None:
+    message = record(config(finish_timeout_s=1), sweep, link_to="wandb-registry-model/requests")
+    assert "r8 is not linked" in message or "no record of the adapter" in caplog.text
+    assert "W&B upload not complete after 1 s" in message
 
 
 @pytest.mark.slow  # as above
-def test_an_outage_when_the_data_is_told_is_a_warning(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Failing() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", server.api_key)
-        tracker = open_tracker(config(finish_timeout_s=1), run, RESOLVED)
-        tracker.use_data("data-0123", [], {})
-        log(tracker, run, range(1, 4))
-        tracker.finish(0)
-        server.fail_with = 0
-        sync(tracker.message)
-        assert server.runs[next(iter(server.runs))].steps == [1, 2, 3]
+def test_an_outage_when_the_data_is_told_is_a_warning(run: RunDirectory, failing: Failing) -> None:
+    tracker = open_tracker(config(finish_timeout_s=1), run, RESOLVED)
+    tracker.use_data("data-0123", [], {})
+    log(tracker, run, range(1, 4))
+    tracker.finish(0)
+    failing.fail_with = 0
+    sync(tracker.message)
+    assert failing.runs[next(iter(failing.runs))].steps == [1, 2, 3]

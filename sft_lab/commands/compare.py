@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     from sft_lab.sweep import ranking, records
 
     comparison = records.read(args.directories)
-    verdict = ranking.best(comparison.records, *ranking.resolve(comparison, args.objective, args.direction))
+    verdict = ranking.judge(comparison, args.objective, args.direction)
     if args.html:
         from sft_lab.sweep import report
 

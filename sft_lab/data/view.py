@@ -5,7 +5,7 @@ Three forms of the same rows: JSON for scripts, text for a terminal or a pipe, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -187,6 +187,11 @@ def as_html(rows: Iterable[RowView], title: str) -> str:
 
 @cache
 def _page() -> Template:
+    return page_template("rows.html.jinja", {"counts": _counts, "turns": _turns})
+
+
+def page_template(name: str, filters: Mapping[str, Callable[..., Any]]) -> Template:
+    """A page of templates/, in which data is text and nothing else, and a name that it does not know is an error."""
     environment = Environment(
         loader=PackageLoader("sft_lab"),
         autoescape=True,
@@ -194,8 +199,8 @@ def _page() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"printable": printable, "counts": _counts, "turns": _turns}
-    return environment.get_template("rows.html.jinja")
+    environment.filters |= {"printable": printable, **filters}
+    return environment.get_template(name)
 
 
 def printable(text: str, refused: str = "") -> str:

@@ -39,8 +39,8 @@ class Sweeper(Protocol):
 class Watch:
     """Tells of each trial as it begins and ends, and keeps what became of it."""
 
-    def __init__(self, trials: dict[str, Trial], total: int):
-        self.outcomes = {name: trial.outcome for name, trial in trials.items()}
+    def __init__(self, before: dict[str, Outcome], total: int):
+        self.outcomes = before
         self._number, self._total = sum(outcome.done for outcome in self.outcomes.values()), total
 
     def begins(self, trial: Trial) -> None:
@@ -70,11 +70,10 @@ def grid(candidates: Iterable[Candidate], sweeper: Sweeper) -> None:
         sweep.freeze(plan.to_run)
         for trial in plan.to_run:
             sweep.report_to(trial.id, None)
-        trials = {trial.id: trial for trial in plan.trials}
-        watch = Watch(trials, len(trials))
+        watch = Watch({trial.id: trial.outcome for trial in plan.trials}, len(plan.trials))
         with under_way():
             sweeper.launch(in_order(plan.to_run), watch)
-        finish(trials, watch.outcomes, sweeper)
+        finish(watch.outcomes, plan.trials[0].config, sweeper)
 
 
 def drawn_up(candidates: Iterable[Candidate], sweeper: Sweeper, told: Callable[[Plan], str] | None = None) -> Plan:
@@ -165,17 +164,20 @@ def under_way() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def finish(trials: dict[str, Trial], outcomes: dict[str, Outcome], sweeper: Sweeper) -> None:
+def finish(outcomes: dict[str, Outcome], config: Config, sweeper: Sweeper) -> None:
     """Put the trials side by side: table, report, W&B.
+
+    Args:
+        config: of any trial: what tracks one, tracks the sweep.
 
     Raises:
         RunError: some failed, or are under way without us.
     """
     sweep = sweeper.directory
-    if not trials:
+    if not outcomes:
         raise RunError(f"sweep {sweep.name}: no trial could run")
     comparison = records.read([sweep.path])
-    verdict = ranking.best(comparison.records, *ranking.resolve(comparison))
+    verdict = ranking.judge(comparison)
     terminal.show(comparison, verdict)
     terminal.say_verdict(verdict)
     try:
@@ -183,13 +185,13 @@ def finish(trials: dict[str, Trial], outcomes: dict[str, Outcome], sweeper: Swee
         say(f"report: {sweep.report}")
     except OSError as error:  # a full disk, say: the trials are what they are
         say(f"no report: {error}")
-    _track(next(iter(trials.values())).config, sweep, sweeper.settings, comparison, verdict)
-    states = [outcomes[name].state for name in trials]
+    _track(config, sweep, sweeper.settings, comparison, verdict)
+    states = [outcome.state for outcome in outcomes.values()]
     waiting = sum(state in ("new", "running") for state in states)
     failed = sum(state in ("failed", "interrupted") for state in states)
     if failed or waiting:
-        counts = [f"{failed} of {len(trials)} trials failed"] if failed else []
-        counts += [f"{waiting} of {len(trials)} are not done yet"] if waiting else []
+        counts = [f"{failed} of {len(states)} trials failed"] if failed else []
+        counts += [f"{waiting} of {len(states)} are not done yet"] if waiting else []
         raise RunError(f"sweep {sweep.name}: {', '.join(counts)}; the same command tries again what is not done")
 
 

@@ -107,6 +107,11 @@ def direction_of(objective: str) -> str:
 # --------------------------------------------------------------------------------------------------------- ranking
 
 
+def judge(comparison: Comparison, objective: str = "", direction: str = "auto") -> Verdict:
+    """The verdict on runs and sweeps by what was typed, else by what they say themselves; raises as `resolve` does."""
+    return best(comparison.records, *resolve(comparison, objective, direction))
+
+
 def best(records: Sequence[Record], objective: str, direction: str = "auto") -> Verdict:
     """Rank runs and say which is best, if one is.
 

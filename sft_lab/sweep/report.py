@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import Any
 from urllib.parse import quote
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from plotly.offline import get_plotlyjs
 
-from sft_lab.data.view import printable
+from sft_lab.data.view import page_template, printable
 from sft_lab.runs import write_text
-from sft_lab.sweep import curves, figures, ranking, records, table
+from sft_lab.sweep import curves, figures, table
 from sft_lab.sweep.axes import axis_of
 from sft_lab.sweep.differences import differing, shown, tied
 from sft_lab.sweep.effects import by_effect
@@ -48,35 +48,15 @@ def write(comparison: Comparison, verdict: Verdict, file: Path, title: str = "")
     write_text(file, page)
 
 
-def write_sweep(directory: Path) -> Verdict:
-    """report.html of a sweep, ranked by its own objective.
-
-    Raises:
-        ConfigError: there is no run in the directory.
-    """
-    comparison = records.read([directory])
-    verdict = ranking.best(comparison.records, *ranking.resolve(comparison))
-    write(comparison, verdict, directory / "report.html")
-    return verdict
-
-
 @cache
 def _page() -> Template:
-    environment = Environment(
-        loader=PackageLoader("sft_lab"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "printable": printable,
+    filters: dict[str, Callable[..., Any]] = {
         "shown": shown,
         "text": lambda value: "–" if value is None else printable(str(value)),
         "brief": table.brief,
         "told": lambda value, name: table.told(name, value),
     }
-    return environment.get_template("report.html.jinja")
+    return page_template("report.html.jinja", filters)
 
 
 def _title(comparison: Comparison) -> str:

@@ -70,7 +70,7 @@ class OptunaSweeper(GridSweeper):
             self.prepared = plan.prepared
             with conduct.under_way():
                 self._search()
-            conduct.finish(self.trials, self.watch.outcomes, self)
+            conduct.finish(self.watch.outcomes, plan.trials[0].config, self)
         if self.cannot_run and self.settings.on_bad_trial == "error":
             raise RunError(
                 f"sweep {sweep.name}: {self.cannot_run} of the trials that were asked for cannot run "
@@ -141,8 +141,8 @@ class OptunaSweeper(GridSweeper):
     def _search(self) -> None:
         """Ask and tell until there are `n_trials`."""
         study = self._open()
-        self.trials = {name: self._remembered(name) for name in self.directory.read()["trials"]}
-        self.watch = conduct.Watch(self.trials, self.n_trials)
+        before = {name: self.directory.outcome(name) for name in self.directory.read()["trials"]}
+        self.watch = conduct.Watch(before, self.n_trials)
         studies.require_same_choices(study, self.space)
         self._ask_again(study)
         while (left := self.n_trials - self._counted(study)) > 0:
@@ -195,11 +195,6 @@ class OptunaSweeper(GridSweeper):
         ended = sum(trial.state.is_finished() and trial.number not in replaced for trial in study.trials)
         return ended + sum(not trial.state.is_finished() and self._under_way(trial) for trial in study.trials)
 
-    def _remembered(self, name: str) -> Trial:
-        """A trial of an earlier session."""
-        config, typed = self.directory.planned(name)
-        return Trial(config, self.directory.read()["trials"][name]["overrides"], typed, self.directory.outcome(name))
-
     def _ask(self, study: optuna.Study) -> tuple[int, Trial | None]:
         """The next trial, planned and frozen; None for one that cannot run, which the study is told."""
         study.sampler = studies.sampler_of(self.sampler, self.seed, len(study.trials), self.space)
@@ -229,7 +224,6 @@ class OptunaSweeper(GridSweeper):
                 "warmup_steps": self.warmup_steps,
             },
         )
-        self.trials[trial.id] = trial
         return asked.number, trial
 
     def _tell(self, study: optuna.Study, number: int, outcome: Outcome) -> None:

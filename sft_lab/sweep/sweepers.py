@@ -6,6 +6,7 @@ package has to be installed beside this one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -88,11 +89,11 @@ class GridSweeper(Sweeper):
     def in_this_process(self) -> bool:
         return isinstance(self.launcher, BasicLauncher)
 
-    @property
+    @functools.cached_property
     def directory(self) -> SweepDirectory:
         return SweepDirectory(str(self.config.hydra.sweep.dir))
 
-    @property
+    @functools.cached_property
     def settings(self) -> SweepConfig:
         return configs.sweep_settings(self.config)
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from sft_lab.sweep import report
+from sft_lab.sweep import ranking, records, report
 from sft_lab.sweep.axes import axis_of
 from sft_lab.sweep.effects import by_effect
 from sft_lab.sweep.ranking import Verdict, best
@@ -67,8 +67,16 @@ class Page(HTMLParser):
             self.scripts.append(data)
 
 
+def write_sweep(sweep: Path) -> ranking.Verdict:
+    """report.html, as the end of a sweep writes it."""
+    comparison = records.read([sweep])
+    verdict = ranking.judge(comparison)
+    report.write(comparison, verdict, sweep / "report.html")
+    return verdict
+
+
 def page_of(sweep: Path) -> Page:
-    report.write_sweep(sweep)
+    write_sweep(sweep)
     return Page((sweep / "report.html").read_text())
 
 
@@ -190,7 +198,7 @@ def test_two_hundred_trials_are_few_traces_and_none_needs_webgl(tmp_path: Path) 
 
 
 def test_each_line_of_the_parallel_coordinates_is_a_trial(search: Path) -> None:
-    verdict = report.write_sweep(search)
+    verdict = write_sweep(search)
     figure = page_of(search).figures["parallel"][0]
     axes = figure["layout"]["xaxis"]["ticktext"]
     assert axes[0] == "trainer.<br>learning_rate"  # by which the losses were made
@@ -267,7 +275,7 @@ def test_a_run_that_diverged_does_not_press_the_others_together(tmp_path: Path) 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 def test_a_browser_draws_every_plot_and_has_no_error(search: Path, tmp_path: Path) -> None:
-    report.write_sweep(search)
+    write_sweep(search)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}"]
     flags += [
