@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from sft_lab import model as models
 from sft_lab.console import say
 from sft_lab.errors import ConfigError, Interrupted, RunError
 from sft_lab.logs import run_log
-from sft_lab.schema import Config, SweepConfig
+from sft_lab.schema import SweepConfig, TrackingConfig
 from sft_lab.sweep import plan as plans
 from sft_lab.sweep import ranking, records, report, table, terminal
 from sft_lab.sweep.differences import shown
@@ -73,7 +74,7 @@ def grid(candidates: Iterable[Candidate], sweeper: Sweeper) -> None:
         watch = Watch({trial.id: trial.outcome for trial in plan.trials}, len(plan.trials))
         with under_way():
             sweeper.launch(in_order(plan.to_run), watch)
-        finish(watch.outcomes, plan.trials[0].config, sweeper)
+        finish(watch.outcomes, plan.trials[0], sweeper)
 
 
 def drawn_up(candidates: Iterable[Candidate], sweeper: Sweeper, told: Callable[[Plan], str] | None = None) -> Plan:
@@ -164,11 +165,11 @@ def under_way() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def finish(outcomes: dict[str, Outcome], config: Config, sweeper: Sweeper) -> None:
+def finish(outcomes: dict[str, Outcome], any_trial: Trial, sweeper: Sweeper) -> None:
     """Put the trials side by side: table, report, W&B.
 
     Args:
-        config: of any trial: what tracks one, tracks the sweep.
+        any_trial: what tracks one, tracks the sweep, but for the tags that say what it varies.
 
     Raises:
         RunError: some failed, or are under way without us.
@@ -185,7 +186,9 @@ def finish(outcomes: dict[str, Outcome], config: Config, sweeper: Sweeper) -> No
         say(f"report: {sweep.report}")
     except OSError as error:  # a full disk, say: the trials are what they are
         say(f"no report: {error}")
-    _track(config, sweep, sweeper.settings, comparison, verdict)
+    tracking = any_trial.config.tracking
+    shared_tags = [tag for tag in tracking.tags if tag not in any_trial.varied]
+    _track(dataclasses.replace(tracking, tags=shared_tags), sweep, sweeper.settings, comparison, verdict)
     states = [outcome.state for outcome in outcomes.values()]
     waiting = sum(state in ("new", "running") for state in states)
     failed = sum(state in ("failed", "interrupted") for state in states)
@@ -196,7 +199,7 @@ def finish(outcomes: dict[str, Outcome], config: Config, sweeper: Sweeper) -> No
 
 
 def _track(
-    config: Config, sweep: SweepDirectory, settings: SweepConfig, comparison: Comparison, verdict: Verdict
+    tracking: TrackingConfig, sweep: SweepDirectory, settings: SweepConfig, comparison: Comparison, verdict: Verdict
 ) -> None:
     """The sweep's own run in W&B; an adapter is its best only where it is ahead of the others."""
     rows = table.rows(comparison, verdict)
@@ -205,7 +208,7 @@ def _track(
     best = verdict.best
     metadata = {"verdict": verdict.sentence, "metrics": best.metrics, "config": best.config} if best else {}
     told = wandb_sweep.record_sweep(
-        config.tracking,
+        tracking,
         sweep.path,
         sweep.name,
         columns,

@@ -70,7 +70,7 @@ class OptunaSweeper(GridSweeper):
             self.prepared = plan.prepared
             with conduct.under_way():
                 self._search()
-            conduct.finish(self.watch.outcomes, plan.trials[0].config, self)
+            conduct.finish(self.watch.outcomes, plan.trials[0], self)
         if self.cannot_run and self.settings.on_bad_trial == "error":
             raise RunError(
                 f"sweep {sweep.name}: {self.cannot_run} of the trials that were asked for cannot run "

@@ -41,6 +41,7 @@ def test_group_lineage_summary_and_the_best_adapter(cli: Cli, tmp_path: Path, wa
 
     (summary,) = by_job_type(wandb_server, "sweep")
     assert summary.name == "s"
+    assert summary.tags == ["mine"]  # and of no single trial
     assert summary.exit_code == 0
     assert {"sweep/trials", "sweep/report"} <= {key for row in summary.history for key in row}
     best = min(runs, key=lambda run: run.summary["eval_loss"])
