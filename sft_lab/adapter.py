@@ -1,10 +1,13 @@
-"""The adapter: `peft` to a LoraConfig."""
+"""The adapter: `peft` to a LoraConfig, and what is trained of it to files that hold all of it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from sft_lab import ranks
 from sft_lab.data.template import Template
+from sft_lab.errors import RunError
 from sft_lab.schema import PeftConfig
 
 
@@ -45,3 +48,65 @@ def new_tokens(model: Any, template: Template, tokenizer: Any) -> dict[str, list
     read, write = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [read] if model.config.get_text_config().tie_word_embeddings else [read, write]
     return {names[id(module)]: ids for module in modules}
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def save(trainer: Any, folder: Path) -> None:
+    """The adapter (for peft=none the model), whole, whatever the checkpoints' own form is; every rank takes part."""
+    if trainer.is_fsdp_enabled:  # sharded, `save_model` writes nothing and says nothing
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+
+
+def require_whole(trainer: Any, folder: Path) -> None:
+    """
+    Raises:
+        RunError: `folder` lacks one of the tensors that are trained, or has it in another shape.
+    """
+    expected = _trained(trainer.model)  # every rank: of a sharded model none knows the whole shape alone
+    if not ranks.leads():
+        return
+    found = {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()}
+    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
+    if wrong:
+        raise RunError(
+            f"saving is not complete: {len(wrong)} of {len(expected)} trained tensors are missing or of another shape "
+            f"in {folder}, {wrong[0]} is the first"
+        )
+
+
+def _trained(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each trained tensor, under the name that it has in the file."""
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
+    if not isinstance(model, PeftModel):
+        return shapes
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    kept = get_peft_model_state_dict(model, state_dict=empty, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in kept.items()}
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as weights:
+        return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+
+def require_finite(folder: Path) -> None:
+    """
+    Raises:
+        RunError: a tensor in `folder` has a number that is none.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise RunError(f"{len(broken)} of {len(tensors)} trained tensors are not finite, {broken[0]} is the first")

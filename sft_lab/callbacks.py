@@ -6,11 +6,12 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import TrainerCallback
 
+from sft_lab import ranks
 from sft_lab.console import Progress
 from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory
@@ -32,9 +33,9 @@ class TokenCounter:
         if model.training and "input_ids" in kwargs:
             self._seen = self._seen + (kwargs["input_ids"] != self._pad).sum()  # stays on the device until asked for
 
-    @property
     def total(self) -> int:
-        return self._start + int(self._seen)
+        """Over all ranks, which must ask together."""
+        return self._start + ranks.total(int(self._seen))
 
 
 class Metrics(TrainerCallback):
@@ -73,7 +74,7 @@ class Metrics(TrainerCallback):
         if "loss" not in logs:  # an evaluation, or the summary at the end of training
             return
         assert self.counter is not None
-        now, tokens = self.time_s, self.counter.total
+        now, tokens = self.time_s, self.counter.total()
         event: dict[str, Any] = {
             "step": state.global_step,
             "split": "train",
@@ -101,56 +102,93 @@ class Metrics(TrainerCallback):
         self.progress.report(event)
 
     def record(self, event: dict[str, Any]) -> None:
-        self.run.append_metrics(event)
-        self.tracker.log(flatten_event(event), event["step"])
+        if ranks.leads():
+            self.run.append_metrics(event)
+            self.tracker.log(flatten_event(event), event["step"])
 
 
 _TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "entropy", "mean_token_accuracy")
 _EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_runtime")
 
 
-class Seal(TrainerCallback):
-    """Marks a checkpoint as whole once its last file is written."""
+class Opening(TrainerCallback):
+    """What is to be done once the model is wrapped, sharded and, where a run goes on, loaded."""
 
-    def __init__(self, run: RunDirectory):
-        self.run = run
+    def __init__(self, work: Callable[[], None]):
+        self._work = work
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._work()
+
+
+class Saving(TrainerCallback):
+    """Says when a checkpoint is due by the clock, and marks one as whole once every rank has written its last file."""
+
+    def __init__(self, run: RunDirectory, every_minutes: float):
+        self.run, self._every_s = run, 60 * every_minutes
+        self._saved_at = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self._every_s:
+            return
+        due = ranks.leads() and time.monotonic() - self._saved_at >= self._every_s
+        if any(ranks.agreed(due)):  # every clock goes its own way
+            control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.run.seal_checkpoint(state.global_step)
-        self.run.set_status("running", step=state.global_step)
+        ranks.wait()
+        self._saved_at = time.monotonic()
+        if ranks.leads():
+            self.run.seal_checkpoint(state.global_step)
+            self.run.set_status("running", step=state.global_step)
 
 
 class Stop(TrainerCallback):
-    """SIGINT and SIGTERM: in training, save at the step's end and leave; elsewhere, or the second time, at once."""
+    """SIGINT, SIGTERM, and SIGUSR1 or SIGUSR2, by which a cluster warns of the end: in training, save at the end of the
+    step and leave; elsewhere, or the second time, at once.
+
+    Of several ranks each may hear it in another step, or some alone: they agree at the end of each step. A second
+    signal is nothing to them, since who started them passes on what they have heard already.
+    """
 
     def __init__(self) -> None:
-        self.signum: int | None = None
+        self.signum = 0
         self._training = False
+        self._before: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._on_signal) for s in STOPPING}
         try:
             yield
         finally:
-            for signum, handler in before.items():
+            for signum, handler in self._before.items():
                 signal.signal(signum, handler)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        if self.signum is not None or not self._training:
+        if not self._training or (self.signum and not ranks.together()):
             raise Interrupted(signum)
-        self.signum = signum
+        self.signum = self.signum or signum
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.signum is not None:
+        (heard,) = ranks.agreed(self.signum)
+        if heard:
+            self.signum = heard
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._training = False
 
     def raise_if_stopped(self) -> None:
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        (heard,) = ranks.agreed(self.signum)
+        if heard:
+            raise Interrupted(heard)
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -30,7 +30,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from sft_lab import checks, runs
+from sft_lab import checks, outside, runs
+from sft_lab.contradictions import contradictions
 from sft_lab.errors import ConfigError
 from sft_lab.options import CONF_DIR, help_text
 from sft_lab.schema import Config, SweepConfig
@@ -251,9 +252,17 @@ def to_config(cfg: DictConfig) -> Config:
 
 
 def _agreed(config: Config) -> Config:
-    """The config with rows a step and accumulation following from each other."""
-    trainer = config.trainer
-    micro = trainer.per_device_train_batch_size * config.distributed.num_processes
+    """The config with its number of processes known, and rows a step and accumulation following from each other.
+
+    Raises:
+        ConfigError: nobody says how many processes, or they cannot make up such a batch.
+    """
+    trainer, d = config.trainer, config.distributed
+    if not d.num_processes:
+        d.num_processes = outside.processes()
+        if problems := list(contradictions(config)):
+            raise ConfigError(problems)
+    micro = trainer.per_device_train_batch_size * d.num_processes // d.context_parallel_size
     if trainer.global_batch_size:
         trainer.gradient_accumulation_steps = trainer.global_batch_size // micro
     trainer.global_batch_size = micro * trainer.gradient_accumulation_steps

@@ -5,7 +5,7 @@ SftLabError                1
 │   └── InUse              2   another process works on that run or sweep
 ├── PreflightError         2   the data or the machine cannot give what the config asks for
 ├── RunError               1   a run failed
-├── Interrupted      130/143   Ctrl-C or SIGTERM; `resume` goes on from the last checkpoint
+├── Interrupted      130/143   Ctrl-C or SIGTERM (138, 140: SIGUSR1, SIGUSR2); `resume` goes on from the last checkpoint
 └── Pruned                     a sweep's search gave the trial up; no failure, and `resume` would go on with it
 """
 
@@ -49,7 +49,7 @@ class Interrupted(SftLabError):
     """A run stopped by a signal; the exit code is the shell's 128 + signal number."""
 
     def __init__(self, signum: int):
-        self.exit_code = 128 + signum
+        self.signum, self.exit_code = signum, 128 + signum
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
 
 
@@ -57,7 +57,7 @@ class Pruned(SftLabError):
     """A trial that a search stopped after `step`, because others had got further by then."""
 
     def __init__(self, step: int, reason: str):
-        self.step = step
+        self.step, self.reason = step, reason
         super().__init__(f"given up at step {step}: {reason}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sft_lab import config as configs
+from sft_lab import ranks
 from sft_lab.errors import ConfigError
 from sft_lab.schema import EvaluationConfig
 
@@ -35,11 +36,20 @@ METRICS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], turn_end_id: int, max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    turn_end_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    in_step: bool = False,
 ) -> list[str]:
     """Greedy answers to tokenised prompts, in their order, without the tokens that end them.
 
     The model is put back into the mode it was in, and no random state is used.
+
+    Args:
+        in_step: for a model that is sharded over ranks: each runs as many forward passes as the slowest.
     """
     import torch
 
@@ -48,11 +58,11 @@ def generate(
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
     settings = _greedy(tokenizer, turn_end_id, max_new_tokens)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what FSDP gathers in it could not be trained with afterwards
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=in_step)
             for i, tokens in zip(batch, out[:, ids.shape[1] :], strict=True):
                 answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
     model.train(was_training)
@@ -79,12 +89,26 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: An
 
 
 def answer_rows(model: Any, tokenizer: Any, rows: Any, turn_end_id: int, settings: EvaluationConfig) -> list[str]:
-    """Answers to the first `evaluation.rows` held-out rows."""
+    """Answers to the first `evaluation.rows` held-out rows; of several ranks each gives its share, and has all."""
     count = min(settings.rows, len(rows))
     if not count:
         return []
     prompts = rows.select(range(count))["prompt_ids"]
-    return generate(model, tokenizer, prompts, turn_end_id, settings.max_new_tokens, settings.batch_size)
+    shares = [range(count)[i :: ranks.size()] for i in range(ranks.size())]
+    mine = shares[ranks.index()] or range(1)  # where there are fewer rows than ranks; a sharded model needs them all
+    short = len(shares[0]) - len(mine)
+    mine_as_long = [*mine, *[mine[-1]] * short]
+    answers = generate(
+        model,
+        tokenizer,
+        [prompts[i] for i in mine_as_long],
+        turn_end_id,
+        settings.max_new_tokens,
+        settings.batch_size,
+        in_step=ranks.together(),
+    )
+    parts = ranks.gathered(answers)
+    return [parts[i % ranks.size()][i // ranks.size()] for i in range(count)]
 
 
 def score(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:

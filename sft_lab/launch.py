@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from sft_lab import agent, distributed, preflight, provenance, train
 from sft_lab import config as configs
-from sft_lab import preflight, provenance, train
 from sft_lab.callbacks import Stop
 from sft_lab.console import say
 from sft_lab.data.prepare import prepare
@@ -118,8 +118,13 @@ def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: R
 
 
 def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
-    """Train from the run directory alone."""
+    """Train from the run directory alone, in this process or in ranks of its own."""
     config = configs.load(run.config)
+    if config.distributed.method != "single":
+        agent.run(config, run)  # the ranks find the callbacks themselves
+        return
+    if told := distributed.use_one_gpu():
+        say(told)
     train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
 
 

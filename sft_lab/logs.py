@@ -30,9 +30,11 @@ class RunLog(logging.handlers.MemoryHandler):
     def __init__(self) -> None:
         super().__init__(capacity=100_000, flushLevel=logging.CRITICAL + 1)
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path, rank: int = 0) -> None:
+        """From now on into this file, to which the other ranks write too."""
         file = logging.FileHandler(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        by = f" rank {rank}" if rank else ""
+        file.setFormatter(logging.Formatter(f"%(asctime)s{by} %(levelname)s %(name)s: %(message)s"))
         self.setTarget(file)
         self.flush()
         self.capacity = 0  # from now on every record goes through at once
@@ -45,12 +47,17 @@ class RunLog(logging.handlers.MemoryHandler):
 
 
 @contextlib.contextmanager
-def run_log() -> Iterator[RunLog]:
-    """Send our and the libraries' log records and warnings to a `RunLog`, and quieten their progress bars."""
-    log, terminal = RunLog(), _Terminal()
+def run_log(terminal: bool = True) -> Iterator[RunLog]:
+    """Send our and the libraries' log records and warnings to a `RunLog`, and quieten their progress bars.
+
+    Args:
+        terminal: whether this process is the one that speaks there.
+    """
+    log = RunLog()
     ours = logging.getLogger("sft_lab")
     ours.setLevel(logging.INFO)
-    listeners = [(ours, terminal), *((logging.getLogger(name), log) for name in ("sft_lab", *_LIBRARIES))]
+    listeners: list[tuple[logging.Logger, logging.Handler]] = [(ours, _Terminal())] if terminal else []
+    listeners = [*listeners, *((logging.getLogger(name), log) for name in ("sft_lab", *_LIBRARIES))]
     for logger, handler in listeners:
         logger.addHandler(handler)
     _quieten()

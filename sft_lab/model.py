@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft_lab import attention, embedded, quant, shared
+from sft_lab import attention, distributed, embedded, quant, shared
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import Config, ModelConfig
 
@@ -96,6 +96,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def own_device() -> str:
+    """Of this rank, where each has a GPU of its own."""
+    return f"cuda:{distributed.local_rank()}" if device() == "cuda" else "cpu"
+
+
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer of `model.path`.
 
@@ -135,9 +140,12 @@ def load_model(config: Config) -> Any:
         "trust_remote_code": model.trust_remote_code,
         **model.extra,
     }
-    quantisation = quant.build(config.quant, precision.dtype)
+    storage = precision.dtype if distributed.shards_weights(config) else ""
+    quantisation = quant.build(config.quant, precision.dtype, storage)
     if quantisation is not None:
-        arguments |= {"quantization_config": quantisation, "device_map": {"": device()}}
+        arguments["quantization_config"] = quantisation
+        if config.distributed.method != "deepspeed_zero3":  # which places the weights itself
+            arguments["device_map"] = {"": own_device()}
     path = embedded.resolve(model.path)
 
     def load() -> Any:

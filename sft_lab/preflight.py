@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 
-from sft_lab import adapter, findings, tracking
+from sft_lab import adapter, distributed, findings, tracking
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab import trainer as trainers
@@ -34,8 +34,11 @@ def check(config: Config, data: Prepared, run: RunDirectory) -> Report:
 def examine(config: Config, data: Prepared, run: RunDirectory) -> Report:
     """Everything that can be said of a prepared run before it costs anything."""
     models.resolve_precision(config)
+    distributed.require(config)
     tracking.require(config.tracking)
     report = Report(config.preflight.allow)
+    if doubts := distributed.doubts(config):
+        report.add("distributed", "error", doubts)
     findings.of_data(config, data, report)
     _model(config, data, report)
     _steps(config, data, report)
@@ -98,7 +101,7 @@ def _count_parameters(config: Config, data: Prepared) -> tuple[int, int, int]:
 def _steps(config: Config, data: Prepared, report: Report) -> None:
     t = config.trainer
     rows = TrainingRows(data.train, data.column("length"), config)
-    per_epoch = math.ceil(math.ceil(len(rows) / t.per_device_train_batch_size) / t.gradient_accumulation_steps)
+    per_epoch = math.ceil(len(rows) / t.global_batch_size)
     steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * per_epoch)
     padding = round(trainers.padding_share(config, rows), 4)
     total = report.numbers["tokens"]["total"]
@@ -106,9 +109,9 @@ def _steps(config: Config, data: Prepared, report: Report) -> None:
     report.numbers |= {"steps": steps, "tokens_per_step": round(total / per_epoch)}
     report.add("steps", "fact", f"{steps} steps of about {report.numbers['tokens_per_step']} tokens")
     if rows.packs is not None:
-        filled = round(total / (len(rows) * t.max_length), 4)
-        report.numbers["packing"] = {"rows": len(rows), "filled": filled}
-        packed = f"{len(data.train)} rows in {len(rows)} of {t.max_length} tokens, {filled:.1%} full"
+        filled = round(total / (len(rows.packs) * t.max_length), 4)
+        report.numbers["packing"] = {"rows": len(rows.packs), "filled": filled}
+        packed = f"{len(data.train)} rows in {len(rows.packs)} of {t.max_length} tokens, {filled:.1%} full"
         report.add("packing", "fact", packed)
     report.add("padding", "fact", f"{padding:.1%} of what the model computes is padding")
 

@@ -7,10 +7,13 @@ from typing import Any
 from sft_lab.schema import QuantConfig
 
 
-def build(quant: QuantConfig, compute_dtype: str) -> Any:
+def build(quant: QuantConfig, compute_dtype: str, storage_dtype: str = "") -> Any:
     """The `BitsAndBytesConfig`, or None for a base in its own dtype.
 
-    `compute_dtype` is what bnb_4bit_compute_dtype=auto comes to.
+    Args:
+        compute_dtype: what bnb_4bit_compute_dtype=auto comes to.
+        storage_dtype: as what the packed numbers are held, uint8 if empty. Sharding cuts weights of one dtype, so that
+            it must be the one of all others (trl#1723).
     """
     if quant.method == "none":
         return None
@@ -19,10 +22,11 @@ def build(quant: QuantConfig, compute_dtype: str) -> Any:
     if quant.method == "bnb_8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quant.llm_int8_threshold, **quant.extra)
     asked = quant.bnb_4bit_compute_dtype
+    storage = {"bnb_4bit_quant_storage": storage_dtype} if storage_dtype else {}
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quant.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=compute_dtype if asked == "auto" else asked,
-        **quant.extra,
+        **{**storage, **quant.extra},
     )

@@ -18,7 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from sft_lab.errors import ConfigError, InUse, RunError
+from sft_lab import errors
+from sft_lab.errors import ConfigError, Interrupted, InUse, Pruned, RunError, SftLabError
 
 RUN_ID = secrets.token_hex(2)  # of this process; keeps two runs started in one second apart
 
@@ -97,6 +98,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.wandb = self.path / "wandb"
+        self.verdict = self.path / ".verdict.json"
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -220,6 +222,36 @@ class RunDirectory:
         for other in self.checkpoints.glob("checkpoint-*"):
             if _step_of(other) > step:
                 shutil.rmtree(other)
+
+    # ------------------------------------------------------------------------------------------ what ranks say
+
+    def write_verdict(self, error: SftLabError) -> None:
+        """How the ranks ended, for who started them; the first word counts."""
+        if not self.verdict.exists():
+            word: dict[str, Any] = {"error": type(error).__name__, "arguments": [str(error)]}
+            if isinstance(error, Interrupted):
+                word["arguments"] = [error.signum]
+            elif isinstance(error, Pruned):
+                word["arguments"] = [error.step, error.reason]
+            write_json(self.verdict, word)
+
+    def clear_verdict(self) -> None:
+        self.verdict.unlink(missing_ok=True)
+
+    def raise_verdict(self) -> None:
+        """
+        Raises:
+            SftLabError: the one that the ranks ended with, if it was one.
+        """
+        if self.verdict.exists():
+            word = read_json(self.verdict)
+            self.clear_verdict()
+            raise getattr(errors, word["error"])(*word["arguments"])
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def drop_checkpoint(self, step: int) -> None:
+        shutil.rmtree(self.checkpoints / f"checkpoint-{step}")
 
     def require_adapter(self) -> Path:
         """The finished run's adapter (or, for peft=none, its model).

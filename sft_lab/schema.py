@@ -150,6 +150,7 @@ class TrainerConfig:
     logging_steps: int = _at_least(1, 5)
     eval_steps: int = _at_least(0, 0)  # 0: only before the first and after the last step
     save_steps: int = _at_least(1, 50)
+    save_minutes: float = _at_least(0, 0.0)  # a checkpoint also when the last one is so old; 0: by steps alone
     save_total_limit: int = _at_least(2, 2)
     dataloader_num_workers: int = _at_least(0, 0)
     extra: dict[str, Any] = field(default_factory=dict)  # trl.SFTConfig
@@ -157,8 +158,20 @@ class TrainerConfig:
 
 @dataclass
 class DistributedConfig:
-    method: str = _choice("single", "single")
-    num_processes: int = _at_least(1, 1)
+    method: str = _choice(
+        "single", "single", "ddp", "fsdp2", "fsdp1", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"
+    )
+    num_processes: int = _at_least(0, 1)  # over all nodes; 0: as many as were started, else one a GPU
+    max_restarts: int = _at_least(0, 0)  # how often all ranks start again from the last checkpoint when one dies
+    timeout_min: int = _at_least(1, 30)  # how long a rank waits for the others
+    reshard_after_forward: bool = True  # FSDP; false: gathered weights stay until the backward pass has used them
+    shard_size: int = _at_least(0, 0)  # FSDP2; ranks that share one copy of the weights, 0: all of them
+    cpu_offload: bool = False  # FSDP; weights, gradients and optimizer state wait in the memory of the CPU
+    state_dict_type: str = _choice("FULL_STATE_DICT", "FULL_STATE_DICT", "SHARDED_STATE_DICT")  # of FSDP's checkpoints
+    context_parallel_size: int = _at_least(1, 1)  # FSDP2; ranks that share the tokens of a row
+    offload_optimizer: bool = False  # DeepSpeed
+    offload_param: bool = False  # DeepSpeed ZeRO-3
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # what else goes into DeepSpeed's own config
 
 
 @dataclass

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState, set_seed
+from transformers import set_seed
 
+from sft_lab import adapter, console, distributed, evaluate, ranks, tracking
 from sft_lab import config as configs
-from sft_lab import console, evaluate, tracking
 from sft_lab import model as models
 from sft_lab import trainer as trainers
-from sft_lab.callbacks import Metrics, Seal, Stop, TokenCounter
+from sft_lab.callbacks import Metrics, Opening, Saving, Stop, TokenCounter
 from sft_lab.data import inspection, references, view
 from sft_lab.data.prepared import Prepared
-from sft_lab.errors import Interrupted, PreflightError, Pruned, RunError
+from sft_lab.errors import Interrupted, PreflightError, Pruned
 from sft_lab.runs import RunDirectory, read_json, whole_directory, write_json, write_text
 from sft_lab.schema import Config
 
@@ -36,8 +36,8 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks
         Interrupted: a signal ended it; a checkpoint was saved if training had begun.
         Pruned: one of `callbacks` ended it.
     """
-    checkpoint = _rewind(run)
-    tracker = tracking.open_tracker(config.tracking, run, configs.to_dict(config))
+    checkpoint = ranks.from_leader(_rewind(run) if ranks.leads() else None)
+    tracker = _open_tracker(config, run)
     exit_code = 1
     try:
         console.say(tracker.message)
@@ -47,11 +47,24 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks
         _forget_peak_memory()
         progress = console.Progress()
         metrics = Metrics(run, tracker, progress, run.read_metrics())
-        trainer = trainers.build(config, run, data, [metrics, Seal(run), stop, *callbacks, *tracker.callbacks])
+        saving = Saving(run, config.trainer.save_minutes)
+        before: dict[str, float] = {}
+
+        def open_training() -> None:
+            console.say(distributed.prove(config, trainer))
+            trainers.prove_isolation(config, trainer)
+            if checkpoint is None:
+                _try_to_save(run, trainer)
+            before.update(_evaluate_before(config, run, data, trainer.model, metrics))
+            set_seed(config.seed + ranks.index())  # from here on dropout draws, in each rank its own
+            if trainer.state.global_step >= trainer.state.max_steps:
+                raise _NothingLeft
+
+        watching = [Opening(open_training), metrics, saving, stop, *callbacks, *tracker.callbacks]
+        trainer = trainers.build(config, run, data, watching)
         metrics.counter = TokenCounter(trainer.model, data.tokenizer.pad_token_id, metrics.past_tokens)
-        before = _evaluate_before(config, run, data, trainer.model, metrics)
         try:
-            _train_on(trainer, checkpoint, read_json(run.preflight)["steps"])
+            _train_on(trainer, checkpoint)
         finally:
             progress.stop()
         for callback in (stop, *callbacks):
@@ -59,8 +72,9 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks
         _save_adapter(run, trainer)
         after = _evaluate_after(config, run, data, trainer, tracker)
         result = _record(config, run, trainer, metrics, before | after)
-        _track(config, run, tracker, result, data)
-        run.set_status("completed", step=trainer.state.global_step)
+        if ranks.leads():
+            _track(config, run, tracker, result, data)
+            run.set_status("completed", step=trainer.state.global_step)
         exit_code = 0
         return result
     except Interrupted as error:
@@ -71,6 +85,12 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks
         raise
     finally:
         _finish(tracker, exit_code)
+
+
+def _open_tracker(config: Config, run: RunDirectory) -> tracking.Tracker:
+    if not ranks.leads():
+        return tracking.Tracker("")  # W&B and the others know of one process
+    return tracking.open_tracker(config.tracking, run, configs.to_dict(config))
 
 
 def _finish(tracker: tracking.Tracker, exit_code: int) -> None:
@@ -96,19 +116,34 @@ def _rewind(run: RunDirectory) -> Path | None:
     return checkpoint
 
 
-def _train_on(trainer: Any, checkpoint: Path | None, steps: int) -> None:
-    """Train to the end; from a checkpoint of the last step there is nothing left, and Trainer would make one more."""
-    if checkpoint is None or int(checkpoint.name.removeprefix("checkpoint-")) < steps:
+class _NothingLeft(Exception):
+    """A checkpoint of the last step was loaded; Trainer would make one more."""
+
+
+def _train_on(trainer: Any, checkpoint: Path | None) -> None:
+    with contextlib.suppress(_NothingLeft):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return
-    trainer._load_from_checkpoint(str(checkpoint))
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _try_to_save(run: RunDirectory, trainer: Any) -> None:
+    """Save and take away a checkpoint before the first step, so that a run which could not save never begins.
+
+    Raises:
+        RunError: what was saved is not all that is trained.
+        OSError: it cannot be written there.
+    """
+    trainer._save_checkpoint(trainer.model, trial=None)
+    adapter.require_whole(trainer, run.checkpoints / "checkpoint-0")
+    ranks.wait()
+    if ranks.leads():
+        run.drop_checkpoint(0)
 
 
 def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
     report, t = read_json(run.preflight), config.trainer
     precision = models.resolve_precision(config)
     rows, tokens, parameters = report["rows"], report["tokens"], report["parameters"]
+    processes = f" x {config.distributed.num_processes} processes" if config.distributed.num_processes > 1 else ""
     dropped = f", {sum(rows['dropped'].values())} left out" if rows["dropped"] else ""
     return {
         "run": str(run.path),
@@ -121,7 +156,7 @@ def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
         "tokens": f"{tokens['total']}, {tokens['supervised'] / tokens['total']:.0%} with loss, "
         f"{tokens['padding_share']:.1%} padding beside them",
         "steps": f"{report['steps']} of {t.global_batch_size} rows ({t.per_device_train_batch_size} x "
-        f"{t.gradient_accumulation_steps} accumulated), about {report['tokens_per_step']} tokens each",
+        f"{t.gradient_accumulation_steps} accumulated{processes}), about {report['tokens_per_step']} tokens each",
         "trained": f"{parameters['trainable']:,} of {parameters['total']:,} parameters "
         f"({parameters['trainable'] / parameters['total']:.2%})",
         "precision": f"{precision.training} on {models.device()} ({precision.why})",
@@ -130,7 +165,7 @@ def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
 
 def _show_data(config: Config, run: RunDirectory, data: Prepared, tracker: tracking.Tracker) -> None:
     """Where the rows come from, and some of them as they train, token by token, in the tracker."""
-    if config.tracking.method != "wandb":
+    if config.tracking.method != "wandb" or not ranks.leads():
         return  # the others take neither pages nor data sets
     rows = inspection.views(config, data, inspection.choose(data, _ROWS_SHOWN))
     tracker.html("rows_as_trained", view.as_html(rows, "Rows as they train"), 0)
@@ -149,9 +184,12 @@ def _evaluate_before(
     """Metrics of the model as it came; a resumed run reads what its first session measured."""
     if not config.evaluation.before or not len(data.questions):
         return {}
-    if not run.answers_before.exists():
+    if not ranks.from_leader(run.answers_before.exists()):
         answers = evaluate.answer_rows(model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
-        write_json(run.answers_before, answers)
+        if ranks.leads():
+            write_json(run.answers_before, answers)
+    if not ranks.leads():
+        return {}
     scores = evaluate.score(config.data.metrics, read_json(run.answers_before), data.questions["reference"])
     if scores and not any(event["step"] == 0 for event in run.read_metrics()):
         metrics.record({"step": 0, "split": "eval", **scores})
@@ -162,10 +200,13 @@ def _evaluate_before(
 def _evaluate_after(config: Config, run: RunDirectory, data: Prepared, trainer: Any, tracker: Any) -> dict[str, float]:
     """Loss and metrics on the held-out rows, and samples.jsonl."""
     if not len(data.eval):
-        write_text(run.samples, "")
+        if ranks.leads():
+            write_text(run.samples, "")
         return {}
     loss = {"eval_loss": trainer.evaluate()["eval_loss"]}
     answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
+    if not ranks.leads():
+        return loss
     scores = evaluate.score(config.data.metrics, answers, data.questions["reference"])
     _say_scores("after training", scores, config, data)
     if scores:
@@ -200,31 +241,35 @@ def _write_samples(config: Config, run: RunDirectory, data: Prepared, answers: l
 
 
 def _save_adapter(run: RunDirectory, trainer: Any) -> None:
-    """adapter/ with weights, configuration, tokenizer and chat template; or an error and no adapter/ at all."""
-    import torch
+    """adapter/ with weights, configuration, tokenizer and chat template; or an error and no adapter/ at all.
 
-    trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
-    broken = [name for name, p in trained if not torch.isfinite(p).all()]
-    if broken:
-        raise RunError(f"{len(broken)} of {len(trained)} trained tensors are not finite, {broken[0]} is the first")
-    with whole_directory(run.adapter) as folder:
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what config.yaml says
-        if not any(folder.glob("*.safetensors")):
-            raise RunError("saving wrote no adapter weights")
+    Raises:
+        RunError: what was written is not all that was trained, or not finite.
+    """
+    with whole_directory(run.adapter) if ranks.leads() else contextlib.nullcontext() as place:
+        folder: Any = ranks.from_leader(place)
+        adapter.save(trainer, folder)
+        ranks.wait()
+        if ranks.leads():
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what config.yaml says
+            adapter.require_finite(folder)
+        adapter.require_whole(trainer, folder)
+    ranks.wait()
 
 
 def _record(
     config: Config, run: RunDirectory, trainer: Any, metrics: Metrics, evaluated: dict[str, float]
 ) -> dict[str, Any]:
-    events = run.read_metrics()
-    last = [event for event in events if event["split"] == "train"][-1]
+    tokens, peak = metrics.counter.total() if metrics.counter else 0, max(ranks.gathered(_peak_memory_bytes()))
+    if not ranks.leads():
+        return {}
+    last = [event for event in run.read_metrics() if event["split"] == "train"][-1]
     train_s = metrics.trained_s
     result = {
         "metrics": {"train_loss": last["loss"], **evaluated},
         "train_s": round(train_s, 3),
-        "tokens_per_s": round(metrics.counter.total / train_s, 1) if metrics.counter else None,
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "tokens_per_s": round(tokens / train_s, 1),
+        "peak_memory_bytes": peak,  # of the rank that held most
         "predicted_peak_memory_bytes": read_json(run.preflight)["memory"],
         "steps": trainer.state.global_step,
         "adapter_bytes": sum(f.stat().st_size for f in run.adapter.glob("*.safetensors")),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_lab import adapter, attention, integrations, loss
+from sft_lab import adapter, attention, distributed, integrations, loss
 from sft_lab import model as models
 from sft_lab.data import streaming
 from sft_lab.data.batches import TrainingRows
@@ -133,21 +133,19 @@ def build_arguments(config: Config, run: RunDirectory) -> Any:
         project=config.tracking.project,
         run_name=integrations.run_name(config.tracking, run),
         disable_tqdm=True,
+        **distributed.arguments(config),
         trust_remote_code=config.model.trust_remote_code,
         **t.extra,
     )
 
 
 def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any]) -> Any:
-    """The SFTTrainer with the base model loaded and the adapter on it.
-
-    Raises:
-        ConfigError: packed documents would see each other.
-    """
+    """The SFTTrainer with the base model loaded and the adapter on it."""
     from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
 
     data.tokenizer.padding_side = "right"
+    arguments = build_arguments(config, run)  # before the model: ZeRO-3 shards it as it is read
     set_seed(config.seed)  # for weights that the model's files lack
     model = models.load_model(config)
     set_seed(config.seed)  # for new tokens' embeddings and the adapter, whether or not loading drew anything
@@ -156,7 +154,7 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
     stream = streaming.training_rows(config, data) if config.data.streaming else None
     trainer = SFTTrainer(
         model=model,
-        args=build_arguments(config, run),
+        args=arguments,
         train_dataset=data.train if stream is None else stream,
         eval_dataset=data.eval if len(data.eval) else None,
         processing_class=data.tokenizer,
@@ -165,15 +163,23 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
         callbacks=callbacks,
     )
     if stream is None:  # SFTTrainer takes nothing but a datasets.Dataset, its loop takes any
-        trainer.train_dataset = TrainingRows(data.train, data.column("length"), config)
+        trainer.train_dataset = TrainingRows(data.train, data.column("length"), config, collator.pad_token_id)
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict
     base = causal_lm(trainer.model)
     if models.device() == "cpu" or _writes_new_tokens(base, data):
         loss.score_supervised_only(base)
+    return trainer
+
+
+def prove_isolation(config: Config, trainer: Any) -> None:
+    """That packed documents do not see each other, computed as training computes.
+
+    Raises:
+        ConfigError: they do.
+    """
     if config.trainer.packing:
         with trainer.accelerator.autocast():
-            attention.prove_isolation(trainer.model, collator)
-    return trainer
+            attention.prove_isolation(trainer.model, trainer.data_collator)
 
 
 def _writes_new_tokens(model: Any, data: Prepared) -> bool:

@@ -12,7 +12,9 @@ import sft_lab
 PACKAGE = Path(sft_lab.__file__).parent
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["", "errors", "schema", "library", "options"], 1),
-    **dict.fromkeys(["checks", "command_line", "config", "runs", "logs", "console", "wandb_file"], 2),
+    **dict.fromkeys(
+        ["checks", "contradictions", "outside", "command_line", "config", "runs", "logs", "console", "wandb_file"], 2
+    ),
     **dict.fromkeys(
         [
             "adapter",
@@ -30,11 +32,15 @@ LAYERS: dict[str, int] = {
             "wandb_run",
             "wandb_sweep",
             "callbacks",
+            "distributed",
+            "ranks",
             "data",
         ],
         3,
     ),
-    **dict.fromkeys(["answering", "findings", "launch", "preflight", "provenance", "repro", "sweep", "train"], 4),
+    **dict.fromkeys(
+        ["agent", "answering", "findings", "launch", "preflight", "provenance", "repro", "sweep", "train", "worker"], 4
+    ),
     "commands": 5,
     "__main__": 6,
 }

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from sft_lab.data import pack
+from sft_lab.data.tokenize import IGNORE
 from sft_lab.schema import Config
 
 _MEGA_BATCH = 50  # micro-batches sorted by length together: enough to be alike, few enough to stay random
@@ -23,10 +24,15 @@ class TrainingRows:
 
     An item has input_ids and labels, lists of the same length; a packed one also seq_lengths, the tokens of each of its
     documents. It is a map-style data set for torch's DataLoader with a sequential sampler, which `set_epoch` reorders.
+
+    Accelerate deals micro-batches out to the ranks in turn, and would give the first rows a second time to ranks that
+    an epoch's end leaves without. A blank row has a token and no loss, so that an epoch of several ranks trains exactly
+    the rows, in the steps, of an epoch of one.
     """
 
-    def __init__(self, tokens: Dataset, lengths: np.ndarray, config: Config):
+    def __init__(self, tokens: Dataset, lengths: np.ndarray, config: Config, pad_token_id: int = 0):
         self._tokens, self._config = tokens.select_columns(["input_ids", "labels"]), config
+        self._pad = pad_token_id
         packed = config.trainer.packing
         self.packs = pack.plan(lengths.tolist(), config.trainer.max_length) if packed else None
         self.lengths = np.array([lengths[p].sum() for p in self.packs]) if self.packs is not None else lengths
@@ -39,9 +45,17 @@ class TrainingRows:
         )
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        """With several ranks a multiple of what they take at once: what the rows leave empty, blank ones fill."""
+        d = self._config.distributed
+        replicas = d.num_processes // d.context_parallel_size
+        if replicas == 1:
+            return len(self.lengths)
+        at_once = self._config.trainer.per_device_train_batch_size * replicas
+        return -(-len(self.lengths) // at_once) * at_once
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self.order):
+            return {"input_ids": [self._pad], "labels": [IGNORE], **({"seq_lengths": [1]} if self.packs else {})}
         row = int(self.order[index])
         if self.packs is None:
             return self._tokens[row]

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from sft_lab import ranks
 from sft_lab.errors import Pruned
 from sft_lab.sweep import study as studies
 
@@ -29,9 +30,7 @@ class Reporter(TrainerCallback):
         step, value = state.global_step, metrics.get(self._objective)
         if not self._training or value is None or step >= state.max_steps:
             return
-        if not self._heard(value, step):
-            return
-        if self._trial.should_prune():
+        if ranks.from_leader(ranks.leads() and self._heard(value, step) and self._trial.should_prune()):
             reason = f"{self._objective} {value:.4f} is behind other trials at this step ({self._pruner} pruner)"
             self._pruned = Pruned(step, reason)
             control.should_training_stop = control.should_save = True

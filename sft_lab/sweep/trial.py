@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from sft_lab import shared
 from sft_lab.errors import Interrupted, InUse, SftLabError
 from sft_lab.launch import resume, start
+from sft_lab.runs import RunDirectory
 from sft_lab.sweep.ledger import Outcome, SweepDirectory, Trial
 
 log = logging.getLogger("sft_lab")
@@ -33,7 +34,7 @@ def run(sweep: SweepDirectory, trial: str, known: Trial | None = None) -> Outcom
     """
     directory = sweep.run(trial)
     try:
-        callbacks = _callbacks(sweep, trial)
+        callbacks = callbacks_of(directory)
         if directory.config.is_file():
             resume(directory, callbacks)
         else:
@@ -47,8 +48,10 @@ def run(sweep: SweepDirectory, trial: str, known: Trial | None = None) -> Outcom
     return sweep.outcome(trial)
 
 
-def _callbacks(sweep: SweepDirectory, trial: str) -> list[Any]:
-    study = sweep.study_of(trial)
+def callbacks_of(run: RunDirectory) -> list[Any]:
+    """Of the Trainer: what reports to the search that a run is a trial of."""
+    sweep = SweepDirectory(run.path.parent)
+    study = sweep.study_of(run.path.name)
     if study is None:
         return []
     from sft_lab.sweep.pruning import Reporter

@@ -1,0 +1,217 @@
+"""`distributed`: what SFTConfig is told of ranks, FSDP and DeepSpeed, and the proof that training is really done so.
+
+Several launches quietly do something else than they say: `accelerate launch --cpu` starts one process, `fsdp=True` on
+a CPU trains as DDP does. So nothing is believed: `prove` looks at the wrapped model before the first step.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sft_lab import ranks
+from sft_lab.errors import ConfigError, RunError
+from sft_lab.schema import Config
+
+_FSDP = ("fsdp1", "fsdp2")
+
+
+def shards_weights(config: Config) -> bool:
+    """Whether no rank holds the whole model."""
+    return config.distributed.method in (*_FSDP, "deepspeed_zero3")
+
+
+def replicas(config: Config) -> int:
+    """Ranks that see rows of their own; those of one context-parallel group share theirs."""
+    return config.distributed.num_processes // config.distributed.context_parallel_size
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+# ------------------------------------------------------------------------------------------------- before the start
+
+
+def require(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: this machine cannot do what is asked for.
+    """
+    import torch
+
+    d, gpu = config.distributed, torch.cuda.is_available()
+    if d.method == "fsdp1" and not gpu:
+        raise ConfigError("distributed=fsdp1 : does not run on a CPU (allowed: distributed=ddp, or fsdp2 on GPUs)")
+    if d.context_parallel_size > 1 and not gpu:
+        raise ConfigError(
+            f"distributed.context_parallel_size={d.context_parallel_size} : its attention runs on GPUs alone "
+            "(allowed: 1)"
+        )
+    if d.method.startswith("deepspeed"):
+        from transformers.utils import is_deepspeed_available
+
+        if not is_deepspeed_available():
+            raise ConfigError(
+                f"distributed={d.method} : needs the package deepspeed (pip install --no-build-isolation "
+                "'sft-lab[deepspeed]'; allowed without it: distributed=ddp, fsdp2)"
+            )
+
+
+def doubts(config: Config) -> str:
+    """What speaks against it before anything was tried; empty where nothing does."""
+    import torch
+
+    if config.distributed.method == "fsdp2" and not torch.cuda.is_available():
+        return (
+            "on a CPU Accelerate trains as DDP does in place of FSDP2, which the start would find out (distributed=ddp)"
+        )
+    return ""
+
+
+def use_one_gpu() -> str:
+    """Leave one GPU to a process that is alone; says so where there were several, else nothing.
+
+    Transformers would copy the model to all of them (torch's DataParallel), which TRL refuses.
+    """
+    import torch
+
+    visible = torch.cuda.device_count()
+    if visible < 2:
+        return ""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = first
+    return f"{visible} GPUs are visible, this run uses one, number {first} (distributed=ddp uses all)"
+
+
+# ------------------------------------------------------------------------------------------------ SFTConfig's part
+
+
+def arguments(config: Config) -> dict[str, Any]:
+    """The part of SFTConfig that `distributed` decides."""
+    d = config.distributed
+    if d.method == "single":
+        return {}
+    common = {"ddp_timeout": 60 * d.timeout_min, "ddp_find_unused_parameters": False}
+    if d.method in _FSDP:
+        return common | _fsdp(config)
+    if d.method.startswith("deepspeed"):
+        return common | {"deepspeed": _deepspeed(config)}
+    return common
+
+
+def _fsdp(config: Config) -> dict[str, Any]:
+    d = config.distributed
+    settings: dict[str, Any] = {
+        "version": int(d.method.removeprefix("fsdp")),
+        "reshard_after_forward": d.reshard_after_forward,
+        "cpu_offload": d.cpu_offload,
+        "state_dict_type": d.state_dict_type,
+    }
+    if d.method == "fsdp1":
+        settings["reshard_after_forward"] = "full_shard" if d.reshard_after_forward else "shard_grad_op"
+    found: dict[str, Any] = {"fsdp": True, "fsdp_config": settings}
+    shard_size = d.shard_size or replicas(config)
+    if shard_size != replicas(config) or d.context_parallel_size > 1:
+        from accelerate.parallelism_config import ParallelismConfig
+
+        found["parallelism_config"] = ParallelismConfig(
+            dp_replicate_size=replicas(config) // shard_size,
+            dp_shard_size=shard_size,
+            cp_size=d.context_parallel_size,
+        )
+    return found
+
+
+def _deepspeed(config: Config) -> dict[str, Any]:
+    d, t = config.distributed, config.trainer
+    zero: dict[str, Any] = {"stage": int(d.method[-1])}
+    if d.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if d.offload_param:
+        zero["offload_param"] = {"device": "cpu"}
+    if zero["stage"] == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    settings = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto" if t.max_grad_norm else 0.0,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    return settings | d.deepspeed
+
+
+# ------------------------------------------------------------------------------------------------------- the proof
+
+
+def prove(config: Config, trainer: Any) -> str:
+    """What the wrapped model says of itself, in words; called by every rank.
+
+    Raises:
+        RunError: it is not trained as `distributed` says.
+    """
+    d = config.distributed
+    if d.method == "single":
+        return "distributed: single process"
+    told = _PROOFS[d.method.rstrip("123") if d.method.startswith("deepspeed") else d.method](config, trainer)
+    counts = ranks.gathered(told)
+    if ranks.size() != d.num_processes or len(set(counts)) != 1:
+        raise RunError(f"distributed={d.method} : the ranks differ: {counts}")
+    return f"distributed: {ranks.size()} ranks, {told}"
+
+
+def _prove_ddp(config: Config, trainer: Any) -> str:
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not isinstance(trainer.model_wrapped, DistributedDataParallel):
+        raise _otherwise(config, f"the model is a {type(trainer.model_wrapped).__name__}")
+    return "gradients averaged by DistributedDataParallel"
+
+
+def _prove_fsdp2(config: Config, trainer: Any) -> str:
+    from torch.distributed.tensor import DTensor
+
+    parameters = list(trainer.model_wrapped.parameters())
+    sharded = [p for p in parameters if isinstance(p, DTensor) and any(place.is_shard() for place in p.placements)]
+    if len(sharded) < len(parameters):
+        raise _otherwise(config, f"{len(sharded)} of {len(parameters)} parameters are sharded")
+    return f"{len(sharded)} of {len(parameters)} parameters sharded (DTensor)"
+
+
+def _prove_fsdp1(config: Config, trainer: Any) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    units = FullyShardedDataParallel.fsdp_modules(trainer.model_wrapped)
+    if len(units) < 2:
+        raise _otherwise(config, f"{len(units)} modules are sharded")
+    return f"{len(units)} modules sharded by FullyShardedDataParallel"
+
+
+def _prove_deepspeed(config: Config, trainer: Any) -> str:
+    stage = int(config.distributed.method[-1])
+    engine = trainer.model_wrapped
+    found = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0
+    if found != stage:
+        raise _otherwise(config, f"the model is a {type(engine).__name__} of ZeRO stage {found}")
+    if stage < 3:
+        return f"DeepSpeed ZeRO stage {stage}"
+    parameters = list(engine.module.parameters())
+    parted = [p for p in parameters if p.ds_tensor.numel() < p.ds_numel]
+    if not parted:
+        raise _otherwise(config, "no parameter is partitioned")
+    return f"DeepSpeed ZeRO stage 3, {len(parted)} of {len(parameters)} parameters partitioned"
+
+
+def _otherwise(config: Config, found: str) -> RunError:
+    return RunError(f"distributed={config.distributed.method} : is not what runs: {found}")
+
+
+_PROOFS = {
+    "ddp": _prove_ddp,
+    "fsdp1": _prove_fsdp1,
+    "fsdp2": _prove_fsdp2,
+    "deepspeed_zero": _prove_deepspeed,
+}

@@ -1,0 +1,76 @@
+"""One of the ranks that train a run: `python -m sft_lab.worker RUN_DIR AGENT`.
+
+It reads the run directory, where config and tokens lie, and composes, tokenises and downloads nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+from sft_lab import config as configs
+from sft_lab import console, ranks, train
+from sft_lab.callbacks import Stop
+from sft_lab.data.prepared import Prepared
+from sft_lab.errors import SftLabError
+from sft_lab.logs import run_log
+from sft_lab.runs import RunDirectory
+
+log = logging.getLogger("sft_lab")
+
+
+def main() -> int:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    run, agent = RunDirectory.open(sys.argv[1]), int(sys.argv[2])
+    _die_with(agent)
+    try:
+        return record(_work)(run)
+    except Exception:  # `record` has written it into a file for the agent, which tells it
+        return 1
+
+
+def _die_with(agent: int) -> None:
+    """A rank whose agent was killed would train on beside the one that resumes the run (Linux alone can tell it)."""
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig
+
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != agent:  # it died before we asked
+        sys.exit(1)
+
+
+def _work(run: RunDirectory) -> int:
+    if run.verdict.exists():  # a rank knew that starting again changes nothing
+        return 0
+    stop = Stop()
+    with stop.listening(), run_log(terminal=os.environ["RANK"] == "0") as messages:
+        messages.open(run.log, rank=int(os.environ["RANK"]))
+        try:
+            take_part(run, stop)
+        except SftLabError as error:
+            run.write_verdict(error)
+            log.info("rank %s: %s", os.environ["RANK"], error, exc_info=True)
+            return 1 if error.exit_code == 1 else 0
+        except Exception:
+            log.info("rank %s failed", os.environ["RANK"], exc_info=True)
+            raise
+    return 0
+
+
+def take_part(run: RunDirectory, stop: Stop, store: Any = None) -> None:
+    """Train as one of the ranks; raises as `train.run` does."""
+    from sft_lab.sweep.trial import callbacks_of
+
+    config = configs.load(run.config)
+    ranks.begin(config.distributed.num_processes, config.distributed.timeout_min, store)
+    if not ranks.leads():
+        console.console.quiet = True
+    train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks_of(run))
+    ranks.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
