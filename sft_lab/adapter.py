@@ -55,9 +55,16 @@ def new_tokens(model: Any, template: Template, tokenizer: Any) -> dict[str, list
 
 def save(trainer: Any, folder: Path) -> None:
     """The adapter (for peft=none the model), whole, whatever the checkpoints' own form is; every rank takes part."""
-    if trainer.is_fsdp_enabled:  # sharded, `save_model` writes nothing and says nothing
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(folder))
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model(str(folder))
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    kept = plugin.state_dict_type.name
+    plugin.set_state_dict_type("FULL_STATE_DICT")  # sharded, `save_model` writes nothing and says nothing
+    try:
+        trainer.save_model(str(folder))
+    finally:
+        plugin.set_state_dict_type(kept)
 
 
 def require_whole(trainer: Any, folder: Path) -> None:

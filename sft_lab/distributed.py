@@ -49,7 +49,7 @@ def require(config: Config) -> None:
             "(allowed: 1)"
         )
     if d.method.startswith("deepspeed"):
-        from transformers.utils import is_deepspeed_available
+        from accelerate.utils import is_deepspeed_available
 
         if not is_deepspeed_available():
             raise ConfigError(

@@ -54,7 +54,7 @@ def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks
             console.say(distributed.prove(config, trainer))
             trainers.prove_isolation(config, trainer)
             if checkpoint is None:
-                _try_to_save(run, trainer)
+                _try_to_save(config, run, trainer)
             before.update(_evaluate_before(config, run, data, trainer.model, metrics))
             set_seed(config.seed + ranks.index())  # from here on dropout draws, in each rank its own
             if trainer.state.global_step >= trainer.state.max_steps:
@@ -125,7 +125,7 @@ def _train_on(trainer: Any, checkpoint: Path | None) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _try_to_save(run: RunDirectory, trainer: Any) -> None:
+def _try_to_save(config: Config, run: RunDirectory, trainer: Any) -> None:
     """Save and take away a checkpoint before the first step, so that a run which could not save never begins.
 
     Raises:
@@ -133,7 +133,13 @@ def _try_to_save(run: RunDirectory, trainer: Any) -> None:
         OSError: it cannot be written there.
     """
     trainer._save_checkpoint(trainer.model, trial=None)
-    adapter.require_whole(trainer, run.checkpoints / "checkpoint-0")
+    if trainer.is_fsdp_enabled:  # to have a state to save, torch made a step without gradients, which Adam counts
+        trainer.optimizer.state.clear()
+    folder = run.checkpoints / "checkpoint-0"
+    if config.distributed.state_dict_type == "SHARDED_STATE_DICT":
+        adapter.save(trainer, folder)
+    ranks.wait()
+    adapter.require_whole(trainer, folder)
     ranks.wait()
     if ranks.leads():
         run.drop_checkpoint(0)
