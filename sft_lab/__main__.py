@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sft_lab.errors import ConfigError, SftLabError
+from sft_lab import outside
+from sft_lab.errors import ConfigError, Interrupted, SftLabError
 
 VERBS = {
     "train": "one run, or a sweep with -m (what is done without a verb)",
@@ -27,11 +28,32 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (0 done, 1 failed, 2 wrong input, 130/143 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    group = outside.group()
+    if group is None:
+        return _answer(words)
+    if group.leads:
+        code = _answer(words)
+        _dismiss(code)
+        return code
+    from sft_lab import worker
+
+    return worker.follow()
+
+
+def _dismiss(code: int) -> None:
+    meeting = outside.meeting()
+    assert meeting is not None
+    meeting.dismiss(code)
+
+
+def _answer(words: list[str]) -> int:
     try:
         verb, rest = _split(words)
         return int(importlib.import_module(f"sft_lab.commands.{verb}").main(rest))
     except SftLabError as error:
         print(f"sft_lab: {_told(error)}", file=sys.stderr)
+        if isinstance(error, Interrupted) and error.warned and (told := outside.requeue()):
+            print(f"sft_lab: {told}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

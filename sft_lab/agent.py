@@ -41,8 +41,6 @@ def run(config: Config, run: RunDirectory, node: int = 0, nodes: int = 1, addres
     from accelerate.commands.launch import multi_gpu_launcher
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if node == 0:
-        run.clear_verdict()
     died = ""
     with _passing_signals_on(run), _quietly():
         try:
@@ -74,6 +72,7 @@ def _arguments(config: Config, run: RunDirectory, node: int, nodes: int, address
     words += ["--num_cpu_threads_per_process", str(threads)]
     if nodes > 1:
         words += ["--main_process_ip", address, "--main_process_port", str(port), "--rdzv_backend", "c10d"]
+        words += ["--rdzv_conf", f"is_host={int(node == 0)}"]
     else:
         words += ["--main_process_port", "0"]
     arguments = launch_command_parser().parse_args([*words, "--module", _WORKER, str(run.path), str(os.getpid())])
@@ -99,7 +98,7 @@ def _how(error: Any) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """What torch's agent knows of its ranks, we tell; and the ranks that another one's death leaves waiting end soon."""
+    """What torch's agent knows of its ranks, we tell; and ranks that another one's death leaves waiting end soon."""
     logger = logging.getLogger("torch.distributed.elastic")
     level, patience = logger.level, os.environ.get(_PATIENCE)
     logger.setLevel(logging.CRITICAL)

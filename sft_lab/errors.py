@@ -50,6 +50,7 @@ class Interrupted(SftLabError):
 
     def __init__(self, signum: int):
         self.signum, self.exit_code = signum, 128 + signum
+        self.warned = signum in (signal.SIGUSR1, signal.SIGUSR2)  # by a cluster, that the job's time is over
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
 
 

@@ -6,13 +6,13 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sft_lab import agent, distributed, preflight, provenance, train
+from sft_lab import agent, distributed, drift, outside, preflight, provenance, train, worker
 from sft_lab import config as configs
 from sft_lab.callbacks import Stop
 from sft_lab.console import say
@@ -47,6 +47,7 @@ def start(
     with stop.listening(), run_log() as messages:
         try:
             run.require_free()
+            outside.require_room(config.distributed.method, config.distributed.num_processes)
             data, report = checked or _checked(config, run)
         except (ConfigError, PreflightError, Interrupted):
             raise
@@ -63,8 +64,15 @@ def start(
             _train(run, stop, callbacks)
 
 
-def resume(run: RunDirectory, callbacks: Sequence[Any] = ()) -> None:
-    """Go on with a run from its newest whole checkpoint."""
+def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection[str] = ()) -> None:
+    """Go on with a run from its newest whole checkpoint.
+
+    Args:
+        allowed: what may have changed since it began, by name: data, model, or a key of the config.
+
+    Raises:
+        ConfigError: something else has.
+    """
     run.lock()
     if run.status.exists() and read_json(run.status)["state"] == "completed":
         say(f"{run.path} is complete, there is nothing to go on with")
@@ -72,6 +80,8 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = ()) -> None:
     stop = Stop()
     with stop.listening(), run_log() as messages:
         config = configs.load(run.config)
+        outside.require_room(config.distributed.method, config.distributed.num_processes)
+        drift.require_none(run, config, allowed)
         run.set_status("running", ended_at=None, pruned_at_step=None)
         with _recorded(run, messages):
             if not run.data.is_dir():  # it ended before its data was written
@@ -113,19 +123,25 @@ def _from_anywhere(path: str) -> str:
 
 def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: Report) -> None:
     write_json(run.preflight, report.as_dict())
-    write_json(run.provenance, provenance.collect(config, data))
+    write_json(run.provenance, provenance.collect(absolute(config), data))
     data.save(run)
 
 
 def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
-    """Train from the run directory alone, in this process or in ranks of its own."""
+    """Train from the run directory alone: in this process, in ranks that it starts, or as one of those it is among."""
     config = configs.load(run.config)
-    if config.distributed.method != "single":
+    run.clear_verdict()
+    meeting = outside.meeting()
+    if config.distributed.method == "single":
+        if told := distributed.use_one_gpu():
+            say(told)
+        train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
+    elif meeting is None:
         agent.run(config, run)  # the ranks find the callbacks themselves
-        return
-    if told := distributed.use_one_gpu():
-        say(told)
-    train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
+    else:
+        each = config.distributed.num_processes // meeting.group.count
+        meeting.tell(run=str(run.path), each=each)
+        worker.join(meeting, run, each, stop)
 
 
 @contextlib.contextmanager

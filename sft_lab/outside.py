@@ -7,15 +7,19 @@ collective's timeout counts the time that the data takes.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sft_lab.errors import ConfigError
+from sft_lab.errors import ConfigError, RunError
 
+_FAREWELL_S = 10
 _PATIENCE = timedelta(
     days=7
 )  # preparing data has no timeout; when the leader dies its store does, and with it all wait
@@ -78,14 +82,14 @@ def group() -> Group | None:
             attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
             hosted=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # a batch script alone has SLURM_NTASKS and SLURM_PROCID too
         return Group(
             int(env["SLURM_PROCID"]),
             int(env["SLURM_STEP_NUM_TASKS"]),
             int(env["SLURM_LOCALID"]),
             "Slurm",
             env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
-            int(env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 20000),
+            int(env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 10000),
             nodes=int(env["SLURM_STEP_NUM_NODES"]),
         )
     return None
@@ -113,36 +117,93 @@ def processes() -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """Of a list such as node[1-4], which Slurm itself takes apart."""
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
+    """Of a list such as node[1-4], which Slurm itself takes apart: its name, or the address by which Slurm knows it."""
+    name = _scontrol("hostnames", nodes).split()[0]
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        fields = dict(field.partition("=")[::2] for field in _scontrol("node", name, "--oneliner").split())
+        return fields["NodeAddr"]
+    return name
+
+
+def _scontrol(*words: str) -> str:
+    return subprocess.run(["scontrol", "show", *words], capture_output=True, text=True, check=True).stdout
 
 
 # ------------------------------------------------------------------------------------------------------------ words
 
 
-def tell(store: Any, group: Group, word: dict[str, Any]) -> None:
-    """What the others are to do: {"run": DIR, ...}, or {"leave": EXIT CODE}."""
-    store.set(f"word/{group.attempt}", json.dumps(word))
+class Meeting:
+    """Where the processes of a group tell each other what to do; opened by each of them before anything else."""
+
+    def __init__(self, group: Group):
+        self.group = group
+        self.store = group.store()
+        self._word = f"word/{group.attempt}"
+
+    def tell(self, **word: Any) -> None:
+        """What the others are to do: run=DIR and each=RANKS that each starts (1: it is one), or leave=EXIT CODE."""
+        self.store.set(self._word, json.dumps(word))
+
+    def told(self) -> dict[str, Any]:
+        """What the first one says, however long it takes.
+
+        Raises:
+            RunError: it died.
+        """
+        from torch.distributed import DistError
+
+        try:
+            word: dict[str, Any] = json.loads(self.store.get(self._word))
+            self.store.add(f"heard/{self.group.attempt}", 1)
+        except DistError as error:
+            raise RunError(f"the first of the {self.group.count} processes ended without a word ({error})") from error
+        return word
+
+    def dismiss(self, exit_code: int) -> None:
+        """Let those leave that were told nothing, and wait until they know."""
+        if self.store.check([self._word]):
+            return
+        self.tell(leave=exit_code)
+        until = time.monotonic() + _FAREWELL_S
+        while self.store.add(f"heard/{self.group.attempt}", 0) < self.group.count - 1 and time.monotonic() < until:
+            time.sleep(0.05)
+
+    def earlier_run(self) -> str:
+        """The run that was under way when all were started again, by a starter whose store has outlived them."""
+        for attempt in range(self.group.attempt - 1, -1, -1):
+            if self.store.check([f"word/{attempt}"]):
+                return str(json.loads(self.store.get(f"word/{attempt}")).get("run", ""))
+        return ""
 
 
-def told(store: Any, group: Group) -> dict[str, Any]:
-    """What the first one says, however long it takes.
+@functools.cache
+def meeting() -> Meeting | None:
+    """That of this process's group; None for a process that stands alone."""
+    found = group()
+    return Meeting(found) if found else None
 
-    Raises:
-        torch.distributed.DistNetworkError: it died.
+
+def require_room(method: str, num_processes: int) -> None:
     """
-    word: dict[str, Any] = json.loads(store.get(f"word/{group.attempt}"))
-    return word
-
-
-def earlier(store: Any, group: Group) -> dict[str, Any] | None:
-    """What was told before all were started again by the same starter, whose store has outlived them."""
-    for attempt in range(group.attempt - 1, -1, -1):
-        if store.check([f"word/{attempt}"]):
-            word: dict[str, Any] = json.loads(store.get(f"word/{attempt}"))
-            return word
-    return None
+    Raises:
+        ConfigError: the processes that were started cannot be the ranks that the config asks for.
+    """
+    found = group()
+    if found is None:
+        return
+    if method == "single":
+        raise ConfigError(
+            f"distributed=single : {found.by} started this command {found.count} times (allowed: distributed=ddp or "
+            "another method of several, or to start it once)"
+        )
+    if num_processes != found.count and (num_processes % found.count or found.nodes != found.count):
+        more = ", or a multiple: each task then starts its node's ranks" if found.nodes == found.count else ""
+        raise ConfigError(
+            f"distributed.num_processes={num_processes} : {found.by} started {found.count} "
+            f"(allowed: {found.count}{more})"
+        )
 
 
 def requeue() -> str:

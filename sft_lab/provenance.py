@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_lab import __version__, embedded
+from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab.data.prepared import Prepared
 from sft_lab.schema import Config
@@ -43,7 +44,7 @@ _SECRET = re.compile(
 
 
 def collect(config: Config, data: Prepared) -> dict[str, Any]:
-    return current(config, data.facts["data_fingerprint"])
+    return {**current(config, data.facts["data_fingerprint"]), "config": configs.to_dict(config)}
 
 
 def current(config: Config, data_fingerprint: str) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def current(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "model": {
             "path": config.model.path,
             "revision": config.model.revision,
-            "fingerprint": _model_fingerprint(config),
+            "fingerprint": model_fingerprint(config),
         },
     }
 
@@ -176,7 +177,7 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _model_fingerprint(config: Config) -> str:
+def model_fingerprint(config: Config) -> str:
     """The commit of a hub model, or a digest of a directory's configuration and the sizes of its weight files."""
     commit = getattr(models.load_config(config.model), "_commit_hash", None)
     folder = Path(embedded.resolve(config.model.path))

@@ -245,10 +245,14 @@ class RunDirectory:
         """
         if self.verdict.exists():
             word = read_json(self.verdict)
-            self.clear_verdict()
             raise getattr(errors, word["error"])(*word["arguments"])
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def drop_torn_checkpoints(self) -> None:
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            if _damage(checkpoint):
+                shutil.rmtree(checkpoint)
 
     def drop_checkpoint(self, step: int) -> None:
         shutil.rmtree(self.checkpoints / f"checkpoint-{step}")

@@ -20,6 +20,7 @@ from sft_lab.callbacks import Metrics, Opening, Saving, Stop, TokenCounter
 from sft_lab.data import inspection, references, view
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import Interrupted, PreflightError, Pruned
+from sft_lab.failures import explained
 from sft_lab.runs import RunDirectory, read_json, whole_directory, write_json, write_text
 from sft_lab.schema import Config
 
@@ -29,6 +30,12 @@ _ROWS_SHOWN = 4  # in the tracker, token by token
 
 
 def run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """As `_run`, with a sentence for what a want of disk or memory raises."""
+    with explained(config, run):
+        return _run(config, run, data, stop, callbacks)
+
+
+def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callbacks: Sequence[Any]) -> dict[str, Any]:
     """Train what the run directory holds, from its newest whole checkpoint where there is one; returns result.json.
 
     Raises:

@@ -11,12 +11,13 @@ import signal
 import sys
 from typing import Any
 
+from sft_lab import agent, console, outside, ranks, train
 from sft_lab import config as configs
-from sft_lab import console, ranks, train
 from sft_lab.callbacks import Stop
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import SftLabError
 from sft_lab.logs import run_log
+from sft_lab.outside import Meeting
 from sft_lab.runs import RunDirectory
 
 log = logging.getLogger("sft_lab")
@@ -70,6 +71,51 @@ def take_part(run: RunDirectory, stop: Stop, store: Any = None) -> None:
         console.console.quiet = True
     train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks_of(run))
     ranks.end()
+
+
+def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
+    """Take part in a run whose processes were started from outside, as a rank or as what starts its node's ranks.
+
+    Raises:
+        SftLabError: what ended the run, on whichever rank it happened.
+    """
+    group = meeting.group
+    if each > 1:
+        config = configs.load(run.config)
+        agent.run(config, run, group.index, group.count, group.address, group.port + 1)
+        return
+    from torch.distributed import PrefixStore
+
+    os.environ.update(group.as_rank())
+    try:
+        take_part(run, stop, PrefixStore(f"ranks/{group.attempt}", meeting.store))
+    except SftLabError as error:
+        run.write_verdict(error)
+        raise
+    except Exception:
+        run.raise_verdict()  # another rank's end has ended this one
+        raise
+
+
+def follow() -> int:
+    """What a process does that was started beside the first one: wait for its word, then take part."""
+    meeting = outside.meeting()
+    assert meeting is not None
+    word = meeting.told()
+    if "leave" in word:
+        return int(word["leave"])
+    run, stop = RunDirectory(word["run"]), Stop()
+    with stop.listening(), run_log(terminal=False) as messages:
+        messages.open(run.log, rank=meeting.group.index)
+        try:
+            join(meeting, run, word["each"], stop)
+        except SftLabError as error:
+            log.info("process %d: %s", meeting.group.index, error, exc_info=True)
+            return error.exit_code
+        except Exception:
+            log.info("process %d failed", meeting.group.index, exc_info=True)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -39,7 +39,21 @@ LAYERS: dict[str, int] = {
         3,
     ),
     **dict.fromkeys(
-        ["agent", "answering", "findings", "launch", "preflight", "provenance", "repro", "sweep", "train", "worker"], 4
+        [
+            "agent",
+            "answering",
+            "drift",
+            "failures",
+            "findings",
+            "launch",
+            "preflight",
+            "provenance",
+            "repro",
+            "sweep",
+            "train",
+            "worker",
+        ],
+        4,
     ),
     "commands": 5,
     "__main__": 6,

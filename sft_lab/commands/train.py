@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +11,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sft_lab import command_line
+from sft_lab import command_line, outside
 from sft_lab import config as configs
-from sft_lab.errors import Interrupted, Leave, SftLabError
+from sft_lab.errors import ConfigError, Interrupted, Leave, SftLabError
 from sft_lab.options import CONF_DIR
 from sft_lab.runs import RunDirectory
 
@@ -31,6 +31,17 @@ def main(argv: Sequence[str]) -> int:
             raise Leave(error) from error
 
     configs.register()
+    if command.composes and (meeting := outside.meeting()):
+        if command.multirun:
+            raise ConfigError(
+                f"-m : {meeting.group.by} started this command {meeting.group.count} times, and a sweep starts the ranks "
+                "of its trials itself (allowed: to start it once)"
+            )
+        if earlier := meeting.earlier_run():
+            from sft_lab.launch import resume
+
+            resume(RunDirectory.open(earlier))
+            return 0
     if command.composes and command.multirun:
         from sft_lab.sweep import sweepers
 
@@ -50,8 +61,11 @@ def run_trial(cfg: DictConfig) -> None:
     from sft_lab.sweep.ledger import SweepDirectory
 
     directory = Path(HydraConfig.get().runtime.output_dir)
-    with contextlib.suppress(Interrupted):  # its directory says so; the launcher would take it for a failure of all
+    try:
         trial.run(SweepDirectory(directory.parent), directory.name)
+    except Interrupted as interrupted:  # its directory says so; the launcher would take it for a failure of all
+        if interrupted.warned and callable(signal.getsignal(interrupted.signum)):
+            signal.raise_signal(interrupted.signum)  # submitit's, which puts the job back into the queue
 
 
 def _run_one(cfg: DictConfig) -> None:

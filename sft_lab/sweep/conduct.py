@@ -154,7 +154,7 @@ def under_way() -> Iterator[None]:
     def leave(signum: int, frame: Any) -> None:
         raise Interrupted(signum)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try:
         with shared.sharing():
             yield
@@ -162,7 +162,8 @@ def under_way() -> Iterator[None]:
         say("sweep interrupted; the same command with this sweep.name goes on with it")
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def finish(outcomes: dict[str, Outcome], any_trial: Trial, sweeper: Sweeper) -> None:

@@ -1,0 +1,76 @@
+"""What a failed run says: what happened, and what to change, in place of a library's traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+
+from sft_lab.errors import RunError, SftLabError
+from sft_lab.runs import RunDirectory
+from sft_lab.schema import Config
+
+_NO_SPACE = ("No space left on device", "os error 28", "inline_container", "Disk quota exceeded")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+
+
+@contextlib.contextmanager
+def explained(config: Config, run: RunDirectory) -> Iterator[None]:
+    """
+    Raises:
+        RunError: for want of disk or memory; any other error as it is.
+    """
+    try:
+        yield
+    except SftLabError:
+        raise
+    except MemoryError as error:
+        raise _out_of_memory(config, str(error)) from error
+    except (OSError, RuntimeError, ValueError) as error:  # safetensors and torch have classes of their own for a disk
+        raise _named(error, config, run) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise _named(error, config, run) from error
+
+
+def _named(error: Exception, config: Config, run: RunDirectory) -> Exception:
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in _NO_SPACE):
+        return _no_space(config, run)
+    if any(sign in text for sign in _NO_MEMORY):
+        return _out_of_memory(config, text)
+    return error
+
+
+def _no_space(config: Config, run: RunDirectory) -> RunError:
+    run.drop_torn_checkpoints()  # which also makes room for status.json
+    kept, _ = run.newest_checkpoint()
+    goes_on = f"{kept.name} is whole, and `resume` goes on from it" if kept else "no checkpoint was saved yet"
+    free = shutil.disk_usage(run.path).free
+    return RunError(
+        f"the disk of {run.path} is full ({free} bytes are free without what could not be saved): make room, or lower "
+        f"trainer.save_total_limit={config.trainer.save_total_limit}; {goes_on}"
+    )
+
+
+def _out_of_memory(config: Config, text: str) -> RunError:
+    t = config.trainer
+    halves = (
+        [
+            f"trainer.per_device_train_batch_size={t.per_device_train_batch_size} (trainer.global_batch_size keeps the "
+            "rows a step)"
+        ]
+        if t.per_device_train_batch_size > 1
+        else []
+    )
+    halves.append(f"trainer.max_length={t.max_length}")
+    ways = [f"lower {' or '.join(halves)}"]
+    if not t.gradient_checkpointing:
+        ways.append("set trainer.gradient_checkpointing=true")
+    if config.quant.method == "none" and config.peft.method != "none":
+        ways.append("set quant=nf4")
+    if config.distributed.method in ("single", "ddp"):
+        ways.append("shard by distributed=fsdp2")
+    return RunError(f"out of memory: {', '.join(ways)} ({text.strip().splitlines()[0] if text.strip() else 'no more'})")
