@@ -77,6 +77,7 @@ def _arguments(config: Config, run: RunDirectory, node: int, nodes: int, address
         words += ["--main_process_port", "0"]
     arguments = launch_command_parser().parse_args([*words, "--module", _WORKER, str(run.path), str(os.getpid())])
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # of the others we take care: they leave time to save
+    arguments.standalone = nodes == 1  # the agent then holds the store, which so outlives the ranks
     arguments.monitor_interval = 0.1
     return arguments
 

@@ -100,6 +100,25 @@ def arguments(config: Config) -> dict[str, Any]:
     return common
 
 
+def row_multiple(config: Config) -> int:
+    """Context parallelism cuts a row into two pieces a rank, so that causal attention is the same work for each."""
+    size = config.distributed.context_parallel_size
+    return 2 * size if size > 1 else 1
+
+
+def keep_precision(trainer: Any) -> None:
+    """Under FSDP2 in bf16, keep what the model returns in fp32: Accelerate would round the log-probabilities."""
+    import torch
+
+    if not trainer.is_fsdp_enabled or not trainer.args.bf16:
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, output_dtype=torch.float32
+        )
+
+
 def _fsdp(config: Config) -> dict[str, Any]:
     d = config.distributed
     settings: dict[str, Any] = {

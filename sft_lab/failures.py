@@ -48,23 +48,20 @@ def _no_space(config: Config, run: RunDirectory) -> RunError:
     run.drop_torn_checkpoints()  # which also makes room for status.json
     kept, _ = run.newest_checkpoint()
     goes_on = f"{kept.name} is whole, and `resume` goes on from it" if kept else "no checkpoint was saved yet"
-    free = shutil.disk_usage(run.path).free
+    place = run.checkpoints if run.checkpoints.is_dir() else run.path
+    free = shutil.disk_usage(place).free
     return RunError(
-        f"the disk of {run.path} is full ({free} bytes are free without what could not be saved): make room, or lower "
+        f"the disk of {place} is full ({free} bytes are free without what could not be saved): make room, or lower "
         f"trainer.save_total_limit={config.trainer.save_total_limit}; {goes_on}"
     )
 
 
 def _out_of_memory(config: Config, text: str) -> RunError:
     t = config.trainer
-    halves = (
-        [
-            f"trainer.per_device_train_batch_size={t.per_device_train_batch_size} (trainer.global_batch_size keeps the "
-            "rows a step)"
-        ]
-        if t.per_device_train_batch_size > 1
-        else []
-    )
+    halves = []
+    if t.per_device_train_batch_size > 1:
+        size = t.per_device_train_batch_size
+        halves.append(f"trainer.per_device_train_batch_size={size} (accumulation makes up for it)")
     halves.append(f"trainer.max_length={t.max_length}")
     ways = [f"lower {' or '.join(halves)}"]
     if not t.gradient_checkpointing:

@@ -80,8 +80,12 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
     stop = Stop()
     with stop.listening(), run_log() as messages:
         config = configs.load(run.config)
-        outside.require_room(config.distributed.method, config.distributed.num_processes)
-        drift.require_none(run, config, allowed)
+        try:
+            outside.require_room(config.distributed.method, config.distributed.num_processes)
+            drift.require_none(run, config, allowed)
+        except SftLabError:
+            run.unlock()
+            raise
         run.set_status("running", ended_at=None, pruned_at_step=None)
         with _recorded(run, messages):
             if not run.data.is_dir():  # it ended before its data was written

@@ -101,6 +101,16 @@ EXTRA_OF = {
             "do_train": "the verb train",
             "do_eval": "trainer.eval_steps",
             "push_to_hub": "the adapter in the run directory",
+            "fsdp": "distributed=fsdp2",
+            "fsdp_config": "distributed",  # its activation_checkpointing, for one, saves an adapter without tensors
+            "deepspeed": "distributed=deepspeed_zero2",
+            "parallelism_config": "distributed.context_parallel_size",
+            "ddp_timeout": "distributed.timeout_min",
+            "ddp_find_unused_parameters": "distributed",
+            "ddp_backend": "the device",
+            "accelerator_config": "distributed",
+            "save_only_model": "the verb resume",
+            "save_on_each_node": "hydra.run.dir",
         },
     ),
 }

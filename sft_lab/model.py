@@ -150,7 +150,10 @@ def load_model(config: Config) -> Any:
 
     def load() -> Any:
         with told(model):
-            return AutoModelForCausalLM.from_pretrained(path, **arguments)
+            loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        if config.quant.method == "bnb_4bit":
+            quant.keep_packing(loaded)
+        return loaded
 
     # int8 layers move their weights into a state of their own at the first forward, which leaves nothing to share.
     return load() if config.quant.method == "bnb_8bit" else shared.base((path, repr(arguments)), load)

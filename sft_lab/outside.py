@@ -142,6 +142,13 @@ class Meeting:
         self.store = group.store()
         self._word = f"word/{group.attempt}"
 
+    @property
+    def ranks(self) -> Any:
+        """The store in which ranks look for each other's addresses: those of an earlier attempt are dead."""
+        from torch.distributed import PrefixStore
+
+        return PrefixStore(f"ranks/{self.group.attempt}", self.store)
+
     def tell(self, **word: Any) -> None:
         """What the others are to do: run=DIR and each=RANKS that each starts (1: it is one), or leave=EXIT CODE."""
         self.store.set(self._word, json.dumps(word))

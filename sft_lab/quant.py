@@ -30,3 +30,16 @@ def build(quant: QuantConfig, compute_dtype: str, storage_dtype: str = "") -> An
         bnb_4bit_compute_dtype=compute_dtype if asked == "auto" else asked,
         **{**storage, **quant.extra},
     )
+
+
+def keep_packing(model: Any) -> None:
+    """Keep 4-bit weights as they were read, also in evaluation on CPUs that have avx512_bf16.
+
+    There bitsandbytes packs them anew for a product that has no gradient, and uses it in training too from then on: an
+    evaluation would spoil every step after it.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -12,6 +12,7 @@ from sft_lab.data import streaming
 from sft_lab.data.batches import TrainingRows
 from sft_lab.data.prepared import Prepared
 from sft_lab.data.tokenize import IGNORE
+from sft_lab.errors import ConfigError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 
@@ -31,6 +32,7 @@ class Collator:
 
     pad_token_id: int
     flatten: bool = False
+    multiple: int = 1  # of tokens that a padded row has
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.flatten and all("seq_lengths" in row for row in rows):
@@ -41,6 +43,7 @@ class Collator:
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
+        longest = -(-longest // self.multiple) * self.multiple
         batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
         for row in rows:
             padding = longest - len(row["input_ids"])
@@ -96,6 +99,7 @@ def build_arguments(config: Config, run: RunDirectory) -> Any:
     from trl import SFTConfig
 
     t, precision = config.trainer, models.resolve_precision(config).training
+    reentrant = t.use_reentrant or config.distributed.method == "deepspeed_zero3"  # its gathering needs it
     return SFTConfig(
         output_dir=str(run.checkpoints),
         seed=config.seed,
@@ -114,7 +118,7 @@ def build_arguments(config: Config, run: RunDirectory) -> Any:
         packing=False,  # rows come packed and in order, see data/batches.py
         train_sampling_strategy="sequential",
         gradient_checkpointing=t.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": t.use_reentrant} if t.gradient_checkpointing else None,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant} if t.gradient_checkpointing else None,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=models.device() == "cpu",
@@ -140,7 +144,11 @@ def build_arguments(config: Config, run: RunDirectory) -> Any:
 
 
 def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any]) -> Any:
-    """The SFTTrainer with the base model loaded and the adapter on it."""
+    """The SFTTrainer with the base model loaded and the adapter on it.
+
+    Raises:
+        ConfigError: context parallelism, and a head that it would mislead.
+    """
     from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
 
@@ -150,7 +158,7 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
     model = models.load_model(config)
     set_seed(config.seed)  # for new tokens' embeddings and the adapter, whether or not loading drew anything
     models.fit_embeddings(model, data.tokenizer)
-    collator = Collator(data.tokenizer.pad_token_id, flattens(config))
+    collator = Collator(data.tokenizer.pad_token_id, flattens(config), distributed.row_multiple(config))
     stream = streaming.training_rows(config, data) if config.data.streaming else None
     trainer = SFTTrainer(
         model=model,
@@ -164,8 +172,14 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
     )
     if stream is None:  # SFTTrainer takes nothing but a datasets.Dataset, its loop takes any
         trainer.train_dataset = TrainingRows(data.train, data.column("length"), config, collator.pad_token_id)
+    distributed.keep_precision(trainer)
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict
     base = causal_lm(trainer.model)
+    if config.distributed.context_parallel_size > 1 and _writes_new_tokens(base, data):
+        raise ConfigError(
+            f"distributed.context_parallel_size={config.distributed.context_parallel_size} : the rows of new tokens in "
+            "the output embedding need a head that knows whole rows (allowed: 1, or a chat_template without new tokens)"
+        )
     if models.device() == "cpu" or _writes_new_tokens(base, data):
         loss.score_supervised_only(base)
     return trainer

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
 
 from sft_lab import agent, console, outside, ranks, train
 from sft_lab import config as configs
@@ -29,9 +28,14 @@ def main() -> int:
     run, agent = RunDirectory.open(sys.argv[1]), int(sys.argv[2])
     _die_with(agent)
     try:
-        return record(_work)(run)
+        code: int = record(_work)(run)
     except Exception:  # `record` has written it into a file for the agent, which tells it
-        return 1
+        code = 1
+    if code:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)  # a clean end would wait for processes that may hang, and the agent with it
+    return 0
 
 
 def _die_with(agent: int) -> None:
@@ -50,7 +54,7 @@ def _work(run: RunDirectory) -> int:
     with stop.listening(), run_log(terminal=os.environ["RANK"] == "0") as messages:
         messages.open(run.log, rank=int(os.environ["RANK"]))
         try:
-            take_part(run, stop)
+            take_part(run, stop, outside.meeting())
         except SftLabError as error:
             run.write_verdict(error)
             log.info("rank %s: %s", os.environ["RANK"], error, exc_info=True)
@@ -61,12 +65,16 @@ def _work(run: RunDirectory) -> int:
     return 0
 
 
-def take_part(run: RunDirectory, stop: Stop, store: Any = None) -> None:
-    """Train as one of the ranks; raises as `train.run` does."""
+def take_part(run: RunDirectory, stop: Stop, meeting: Meeting | None) -> None:
+    """Train as one of the ranks; raises as `train.run` does.
+
+    Args:
+        meeting: where the ranks find each other; None for one that is alone.
+    """
     from sft_lab.sweep.trial import callbacks_of
 
     config = configs.load(run.config)
-    ranks.begin(config.distributed.num_processes, config.distributed.timeout_min, store)
+    ranks.begin(config.distributed.num_processes, config.distributed.timeout_min, meeting and meeting.ranks)
     if not ranks.leads():
         console.console.quiet = True
     train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks_of(run))
@@ -84,11 +92,9 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
         config = configs.load(run.config)
         agent.run(config, run, group.index, group.count, group.address, group.port + 1)
         return
-    from torch.distributed import PrefixStore
-
     os.environ.update(group.as_rank())
     try:
-        take_part(run, stop, PrefixStore(f"ranks/{group.attempt}", meeting.store))
+        take_part(run, stop, meeting)
     except SftLabError as error:
         run.write_verdict(error)
         raise

@@ -106,5 +106,10 @@ def test_only_the_config_layer_knows_hydra() -> None:
         for module, _ in imports(file)
         if module.split(".")[0] in ("hydra", "omegaconf")
     }
-    sweeper = {"sweep/sweepers", "sweep/search", "sweep/study"}  # Hydra's plugins, and what they sweep over
+    sweeper = {
+        "sweep/sweepers",
+        "sweep/search",
+        "sweep/slurm",
+        "sweep/study",
+    }  # Hydra's plugins, and what they sweep over
     assert knowing == {"schema", "config", "command_line", "commands", *sweeper}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,3 +169,109 @@ def test_killed_after_the_last_step_it_makes_no_other(tmp_path: Path, cli: Cli, 
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == undisturbed
     assert read(tmp_path / "run" / "result.json")["steps"] == 60
     assert not (tmp_path / "run" / "checkpoints" / "checkpoint-61").exists()
+
+
+def test_a_checkpoint_without_its_optimizer_is_passed_over(tmp_path: Path, cli: Cli, undisturbed: bytes) -> None:
+    process = start([*SIXTY, "tracking=none", "hydra.run.dir=run"], tmp_path)
+    wait_for_step(process, 22)
+    kill(process, signal.SIGKILL)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-21" / "optimizer.pt").unlink()
+    resumed = check(cli("resume", "run"))
+    assert "passed over checkpoint-21: optimizer.pt is missing" in resumed.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == undisturbed
+
+
+def test_what_has_changed_since_is_refused_by_name(tmp_path: Path, cli: Cli, main: Cli) -> None:
+    """Config, data and model: named, and nothing touched, until it is allowed."""
+    rows = [f'{{"prompt": "say {n}", "completion": "{n} it is"}}' for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = [word for word in SIXTY if not word.startswith("data.train_rows")]
+    words = [*words, "data=from_file", "data.path=rows.jsonl", "data.eval_rows=4", "tracking=none", "hydra.run.dir=run"]
+    process = start(words, tmp_path)
+    wait_for_step(process, 9)
+    kill(process, signal.SIGTERM)
+    run = RunDirectory(tmp_path / "run")
+    config = run.config.read_text()
+    before = run.status.read_text()
+
+    run.config.write_text(config.replace("lora_alpha: 16", "lora_alpha: 99").replace("  r: 8\n", "  r: 4\n"))
+    refused = check(main("resume", "run"), code=2)
+    assert "peft.r: 8 -> 4 : the run began with the first (--allow peft.r goes on nevertheless)" in refused.stderr
+    assert "peft.lora_alpha: 16 -> 99" in refused.stderr
+    assert "no such thing" in check(main("resume", "run", "--allow", "peft.rr"), code=2).stderr
+    run.config.write_text(config)
+
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, rows[0]]))
+    refused = check(main("resume", "run"), code=2)
+    assert "the data is not what this run trains on (--allow data goes on nevertheless)" in refused.stderr
+    assert run.status.read_text() == before
+
+    run.config.write_text(config.replace("save_steps: 7", "save_steps: 20"))  # changes no bit of the result
+    resumed = check(cli("resume", "run", "--allow", "data"))
+    assert "allowed: the result is not that of an undisturbed run" in resumed.stderr
+    assert read(run.status)["state"] == "completed"
+
+
+def _may_mount() -> bool:
+    probe = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return (
+        shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not _may_mount(), reason="needs mount namespaces")
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, undisturbed: bytes) -> None:
+    """The disk fills up in mid-run: a sentence, a true status, and once there is room the same bits."""
+    run = tmp_path / "run"
+    run.mkdir()
+    program = f"{sys.executable} -m sft_lab"
+    fill = (
+        "while [ ! -f run/checkpoints/checkpoint-14/whole.json ]; do sleep 0.02; done; "
+        "dd if=/dev/zero of=run/other bs=1k 2>/dev/null"
+    )
+    script = (
+        f"mount -t tmpfs -o size=8m tmpfs {run}; ({fill}) & {program} {' '.join(SIXTY)} tracking=none hydra.run.dir=run "
+        ">first.out 2>first.err; echo $? >first.code; wait; cp run/status.json status.json; rm -f run/other; "
+        f"{program} resume run >second.out 2>second.err; echo $? >second.code; cp -r run after"
+    )
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    check(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False))
+    errors = (tmp_path / "first.err").read_text()
+    assert (tmp_path / "first.code").read_text() == "1\n", errors
+    assert re.search(
+        r"the disk of .* is full \(\d+ bytes are free .*checkpoint-\d+ is whole, and `resume` goes on", errors
+    )
+    assert "Traceback" not in errors
+    status = read(tmp_path / "status.json")
+    assert status["state"] == "failed"
+    assert "is full" in status["error"]
+    assert (tmp_path / "second.code").read_text() == "0\n", (tmp_path / "second.err").read_text()
+    assert (tmp_path / "after" / "adapter" / "adapter_model.safetensors").read_bytes() == undisturbed
+
+
+def test_a_cluster_warns_and_the_run_saves(tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
+    """SIGUSR1, as Slurm sends it before the time is up; the job goes back into the queue."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    path = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
+    process = start([*SIXTY, "tracking=none", "hydra.run.dir=run"], tmp_path, {"SLURM_JOB_ID": "77", "PATH": path})
+    wait_for_step(process, 10)
+    assert kill(process, signal.SIGUSR1) == 138
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert read(tmp_path / "run" / "status.json")["state"] == "interrupted"
+    check(cli("resume", "run"))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == undisturbed
+
+
+def test_a_checkpoint_is_due_by_the_clock_too(tmp_path: Path, cli: Cli) -> None:
+    words = [
+        "trainer.save_steps=1000",
+        "trainer.save_minutes=0.0001",
+        "trainer.save_total_limit=100",
+        "hydra.run.dir=run",
+    ]
+    check(cli(*SIXTY, *words, "trainer.max_steps=5", "tracking=none"))
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert saved == [f"checkpoint-{step}" for step in range(1, 6)]

@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
     if command.composes and (meeting := outside.meeting()):
         if command.multirun:
             raise ConfigError(
-                f"-m : {meeting.group.by} started this command {meeting.group.count} times, and a sweep starts the ranks "
-                "of its trials itself (allowed: to start it once)"
+                f"-m : {meeting.group.by} started this command {meeting.group.count} times, and a sweep starts the "
+                "ranks of its trials itself (allowed: to start it once)"
             )
         if earlier := meeting.earlier_run():
             from sft_lab.launch import resume

@@ -27,14 +27,41 @@ from sft_lab.sweep import conduct, trial
 from sft_lab.sweep.ledger import SweepDirectory, Trial
 from sft_lab.sweep.plan import Candidate
 
+_SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher."
+_EXTRAS = {  # of the classes in conf/hydra/launcher/
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher": ("joblib", "launchers"),
+    f"{_SUBMITIT}LocalLauncher": ("local", "launchers"),
+    f"{command_line.SWEEPERS}SlurmLauncher": ("slurm", "launchers"),
+    "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher": ("ray", "ray"),
+}
+
 
 def register() -> None:
-    """Make conf/hydra/sweeper/ known to Hydra; may be called again."""
+    """Make conf/hydra/sweeper/ and conf/hydra/launcher/ known to Hydra; may be called again."""
     from sft_lab.sweep.search import OptunaSweeper
 
-    for sweeper in (GridSweeper, OptunaSweeper):
-        Plugins.instance().register(sweeper)
-        Plugins.instance().class_name_to_class[f"{command_line.SWEEPERS}{sweeper.__name__}"] = sweeper
+    plugins = Plugins.instance()
+    ours: list[type[Sweeper] | type[Launcher]] = [GridSweeper, OptunaSweeper]
+    if f"{_SUBMITIT}SlurmLauncher" in plugins.class_name_to_class:
+        from sft_lab.sweep.slurm import SlurmLauncher
+
+        ours.append(SlurmLauncher)
+    for plugin in ours:
+        plugins.register(plugin)
+        plugins.class_name_to_class[f"{command_line.SWEEPERS}{plugin.__name__}"] = plugin
+
+
+def require_launcher(target: str) -> None:
+    """
+    Raises:
+        ConfigError: the package that the launcher comes with is not installed.
+    """
+    if target in _EXTRAS and target not in Plugins.instance().class_name_to_class:
+        name, extra = _EXTRAS[target]
+        raise ConfigError(
+            f"hydra/launcher={name} : needs a package that is not installed (allowed: hydra/launcher=basic; or "
+            f"pip install 'sft-lab[{extra}]')"
+        )
 
 
 class GridSweeper(Sweeper):
@@ -44,6 +71,14 @@ class GridSweeper(Sweeper):
         self.launcher: Launcher
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """
+        Raises:
+            Leave: with a ConfigError; the launcher cannot be had here.
+        """
+        try:
+            require_launcher(str(config.hydra.launcher._target_))
+        except ConfigError as error:
+            raise Leave(error) from error
         self.config: DictConfig = config
         self.loader = hydra_context.config_loader
         self.launcher = Plugins.instance().instantiate_launcher(

@@ -1,48 +1,14 @@
-"""Lets accelerate shard with FSDP2 on CPUs: put this folder on PYTHONPATH of each rank, and nowhere else.
+"""Lets Accelerate shard with FSDP2 on CPUs.
 
-accelerate turns to FSDP only for processes that have a GPU each: with `use_cpu` it keeps plain data parallelism and says
-nothing. PyTorch itself shards over gloo. Python imports this module when it starts, so that nothing in the program
-knows of it, and `accelerate.state` is changed only once something imports it: a process without torch stays without.
+It turns to FSDP only for processes that have a GPU each: with `use_cpu` it keeps plain data parallelism and says nothing.
+PyTorch itself shards over gloo.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
-_MODULE = "accelerate.state"
-
-
-class _StateLoader(importlib.abc.Loader):
-    """Loads `accelerate.state` as it would have been, then changes its AcceleratorState."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        _shard_on_cpu(module)
-
-
-class _StateFinder(importlib.abc.MetaPathFinder):
-    """Finds `accelerate.state` where it is, and gives it the loader above."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _MODULE:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _StateLoader(spec.loader)
-        return spec
+from tests.shims.importing import once_imported
 
 
 def _shard_on_cpu(state: Any) -> None:
@@ -62,4 +28,4 @@ def _shard_on_cpu(state: Any) -> None:
     state.AcceleratorState.__init__ = initialise
 
 
-sys.meta_path.insert(0, _StateFinder())
+once_imported("accelerate.state", _shard_on_cpu)

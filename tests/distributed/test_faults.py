@@ -1,0 +1,141 @@
+"""Ranks that are killed, interrupted, or fail: nothing is lost, and the status is true."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sft_lab.runs import RunDirectory
+from tests.conftest import Cli, online
+from tests.distributed.starting import adapter, environment
+from tests.fake_wandb import FakeWandb
+from tests.test_resume import SIXTY, kill, start, wait_for_step
+from tests.test_run import check, read
+
+pytestmark = pytest.mark.e2e
+PACKED = [*SIXTY, "trainer.packing=true", "trainer.max_length=256", "trainer.per_device_train_batch_size=1"]
+TWO = [*PACKED, "tracking=none", "distributed=ddp", "distributed.num_processes=2", "hydra.run.dir=run"]
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks that a command has started, in their order."""
+    found = [p for p in psutil.Process(process.pid).children() if "sft_lab.worker" in p.cmdline()]
+    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, "-m", "sft_lab", *TWO]
+    done = subprocess.run(
+        command, cwd=path, env={**os.environ, **environment()}, capture_output=True, text=True, check=False
+    )
+    check(done)
+    return adapter(path / "run")
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
+    rank: int, tmp_path: Path, undisturbed: bytes, wandb_server: FakeWandb
+) -> None:
+    words = [word for word in TWO if word != "tracking=none"]
+    process = start([*words, "distributed.max_restarts=1"], tmp_path, {**online(wandb_server), **environment()})
+    wait_for_step(process, 23)
+    ranks_of(process)[rank].kill()
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "going on from step 21" in output
+    assert adapter(tmp_path / "run") == undisturbed
+    run = RunDirectory(tmp_path / "run")
+    assert [event["step"] for event in run.read_metrics() if event["split"] == "train"] == list(range(1, 61))
+    (tracked,) = wandb_server.runs.values()
+    assert tracked.steps == sorted(set(tracked.steps))
+    assert set(range(1, 61)) <= set(tracked.steps)
+    assert tracked.exit_code == 0
+
+
+def test_a_killed_rank_without_restarts_is_told_and_resumed(tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
+    process = start(TWO, tmp_path, environment())
+    wait_for_step(process, 9)
+    ranks_of(process)[1].kill()
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "sft_lab: rank 1 was killed by SIGKILL" in errors
+    assert "Traceback" not in errors
+    status = read(tmp_path / "run" / "status.json")
+    assert (status["state"], status["error"]) == ("failed", "rank 1 was killed by SIGKILL")
+    check(cli("resume", "run", env=environment()))
+    assert adapter(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_on_all_ranks(signum: int, code: int, tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
+    process = start([*TWO, "distributed.max_restarts=1"], tmp_path, environment())
+    wait_for_step(process, 10)
+    ranks = ranks_of(process)
+    assert kill(process, signum) == code
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    status = read(tmp_path / "run" / "status.json")
+    assert status["state"] == "interrupted"
+    saved, passed_over = RunDirectory(tmp_path / "run").newest_checkpoint()
+    assert saved is not None
+    assert not passed_over
+    assert int(saved.name.split("-")[1]) == status["step"] >= 10
+    check(cli("resume", "run", env=environment()))
+    assert adapter(tmp_path / "run") == undisturbed
+
+
+def test_ranks_die_with_the_command_that_started_them(tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
+    process = start(TWO, tmp_path, environment())
+    wait_for_step(process, 16)
+    ranks = ranks_of(process)
+    process.kill()  # it alone: nobody tells the ranks
+    process.communicate()
+    psutil.wait_procs(ranks, timeout=20)
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    check(cli("resume", "run", env=environment()))
+    assert adapter(tmp_path / "run") == undisturbed
+
+
+def test_what_fails_the_same_way_again_is_not_started_again(tmp_path: Path, cli: Cli) -> None:
+    words = ["distributed.max_restarts=3", "trainer.learning_rate=1e30", "trainer.max_grad_norm=0"]
+    failed = check(cli(*TWO, *words, env=environment()), code=1)
+    assert "training has diverged" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stdout.count("distributed: 2 ranks") == 1
+    assert "diverged" in read(tmp_path / "run" / "status.json")["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["distributed=ddp", "distributed.num_processes=2"]], ids=["single", "ddp"])
+def test_killed_at_ten_random_moments(words: list[str], tmp_path: Path) -> None:
+    """Packing, dropout, accumulation 2, two workers; the moments are spread over the whole run, saves among them."""
+    run = [*PACKED, "tracking=none", "hydra.run.dir=run", *words]
+    whole = subprocess.run(
+        [sys.executable, "-m", "sft_lab", *run], cwd=tmp_path, env={**os.environ, **environment()}, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    check(whole)
+    wanted = adapter(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "whole")
+    moments = random.Random(f"ten {words}")
+    process = start(run, tmp_path, environment())
+    for step in sorted(moments.sample(range(1, 60), 10)):
+        wait_for_step(process, step)
+        time.sleep(moments.random() / 20)
+        kill(process, signal.SIGKILL)
+        process = start(["resume", "run"], tmp_path, environment())
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert adapter(tmp_path / "run") == wanted
+    steps = [event["step"] for event in RunDirectory(tmp_path / "run").read_metrics() if event["split"] == "train"]
+    assert steps == list(range(1, 61))

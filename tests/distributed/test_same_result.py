@@ -1,0 +1,118 @@
+"""Whatever the ranks and however they share the model: the adapter of a single process, and what was asked for for real."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli
+from tests.distributed.starting import TOLERANCE, TWENTY, apart, environment
+from tests.test_run import check, lines, read
+
+pytestmark = pytest.mark.e2e
+SHIMS = {"ddp": "ranks_do_not_tokenize", "fsdp2": "fsdp_on_cpu", "zero": "deepspeed_without_compiler"}  # one at a time
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("single")
+    command = [sys.executable, "-m", "sft_lab", *TWENTY, "hydra.run.dir=run"]
+    check(subprocess.run(command, cwd=path, capture_output=True, text=True, check=False))
+    return path / "run"
+
+
+FSDP2 = ["distributed=fsdp2", "preflight.allow=[distributed]"]
+METHODS = {
+    "ddp 2": (["distributed=ddp"], 2, "gradients averaged by DistributedDataParallel"),
+    "fsdp2": (FSDP2, 2, r"(\d+) of \1 parameters sharded \(DTensor\)"),
+    "ddp 4": (["distributed=ddp"], 4, "gradients averaged by DistributedDataParallel"),
+    "fsdp2 sharded": (
+        [*FSDP2, "distributed.state_dict_type=SHARDED_STATE_DICT"], 2, r"(\d+) of \1 parameters sharded \(DTensor\)"
+    ),
+    "fsdp2 hybrid": ([*FSDP2, "distributed.shard_size=2"], 4, r"(\d+) of \1 parameters sharded \(DTensor\)"),
+    "zero1": (["distributed=deepspeed_zero1"], 2, "DeepSpeed ZeRO stage 1"),
+    "zero2": (["distributed=deepspeed_zero2"], 2, "DeepSpeed ZeRO stage 2"),
+    "zero3": (["distributed=deepspeed_zero3"], 2, r"DeepSpeed ZeRO stage 3, (\d+) of \1 parameters partitioned"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("ddp 2", "fsdp2") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+)
+def test_the_adapter_is_that_of_one_process(name: str, tmp_path: Path, cli: Cli, single: Path) -> None:
+    words, ranks, proof = METHODS[name]
+    if name.startswith("zero") and not DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    count = f"distributed.num_processes={ranks}"
+    env = environment(*[shim for method, shim in SHIMS.items() if name.startswith(method)])
+    done = check(cli(*TWENTY, *words, count, "trainer.save_steps=10", "hydra.run.dir=run", env=env))
+    assert re.search(rf"distributed: {ranks} ranks, {proof}", done.stdout), done.stdout
+    assert apart(single, tmp_path / "run") <= TOLERANCE
+    events, alone = (lines(run / "metrics.jsonl") for run in (tmp_path / "run", single))
+    assert [event["step"] for event in events] == [event["step"] for event in alone]
+    assert [event["tokens"] for event in events if "tokens" in event] == [e["tokens"] for e in alone if "tokens" in e]
+    for event, other in zip(events, alone, strict=True):
+        assert event.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-4)
+    assert read(tmp_path / "run" / "status.json")["state"] == "completed"
+    # Frozen weights are nowhere: all that a checkpoint has is the adapter, its optimizer, and each rank's random state.
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-20"
+    sizes = {file.name: file.stat().st_size for file in checkpoint.rglob("*") if not file.name.startswith("tokenizer")}
+    assert {f"rng_state_{rank}.pth" for rank in range(ranks)} <= sizes.keys()
+    assert sum(sizes.values()) < 4 * 200_000  # the base's parameters
+
+
+def test_an_epoch_of_several_ranks_is_that_of_one(tmp_path: Path, cli: Cli) -> None:
+    """Rows that fill neither the last batch nor every rank: none is trained twice, none left out."""
+    words = [*TWENTY, "trainer.max_steps=-1", "trainer.num_train_epochs=2", "data.train_rows=21"]
+    check(cli(*words, "hydra.run.dir=one"))
+    check(cli(*words, "distributed=ddp", "distributed.num_processes=2", "hydra.run.dir=two", env=environment()))
+    assert read(tmp_path / "two" / "result.json")["steps"] == read(tmp_path / "one" / "result.json")["steps"] == 6
+    assert apart(tmp_path / "one", tmp_path / "two") <= TOLERANCE
+    one, two = (
+        [event["tokens"] for event in lines(tmp_path / run / "metrics.jsonl") if "tokens" in event]
+        for run in ("one", "two")
+    )
+    assert one == two
+
+
+def test_what_does_something_else_than_it_says_does_not_train(tmp_path: Path, cli: Cli) -> None:
+    """FSDP on a CPU is DDP: refused beforehand, and where that is allowed, at the start."""
+    words = [*TWENTY, "distributed=fsdp2", "distributed.num_processes=2", "hydra.run.dir=run"]
+    refused = check(cli(*words), code=2)
+    assert "on a CPU Accelerate trains as DDP does" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    failed = check(cli(*words, "preflight.allow=[distributed]"), code=1)
+    assert "distributed=fsdp2 : is not what runs: 0 of" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert read(tmp_path / "run" / "status.json")["state"] == "failed"
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["distributed=ddp"], "distributed.num_processes=0 : is one a GPU, and there is none"),
+        (["distributed=ddp", "distributed.num_processes=3"], "trainer.global_batch_size=8 : not a multiple"),
+        (["distributed=fsdp1", "distributed.num_processes=2"], "distributed=fsdp1 : does not run on a CPU"),
+        (["distributed.num_processes=2"], "or distributed=ddp distributed.num_processes=2"),
+        (["distributed=ddp", "distributed.num_processes=2", "distributed.shard_size=2"], "has no effect with distributed=ddp"),
+        (["distributed=fsdp2", "distributed.num_processes=4", "distributed.shard_size=3"], "(allowed: 1, 2, 4)"),
+        (["distributed=fsdp2", "distributed.num_processes=4", "distributed.context_parallel_size=2"], "runs on GPUs alone"),
+        (
+            ["distributed=ddp", "distributed.num_processes=2", "data.streaming=true", "data=from_file", "data.path=x.jsonl"],
+            "which ranks never do",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(words: list[str], said: str, tmp_path: Path, main: Cli) -> None:
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    refused = check(main(*TWENTY, *words, "hydra.run.dir=run"), code=2)
+    assert said in refused.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,21 @@
+"""Lets every rank fail that makes text into tokens, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tests.shims.importing import once_imported
+
+
+def _refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("a rank makes text into tokens")
+
+
+def _without_tokenizing(module: Any) -> None:
+    for name in ("__call__", "encode", "apply_chat_template"):
+        setattr(module.PreTrainedTokenizerBase, name, _refuse)
+
+
+if "sft_lab.worker" in sys.orig_argv:
+    once_imported("transformers.tokenization_utils_base", _without_tokenizing)
