@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from tests.bench.million import million
 from tests.bench.packing import packing
+from tests.bench.scaling import scaling
 from tests.bench.startup import startup
 from tests.bench.sweep import memory, sweep
 
@@ -19,6 +20,7 @@ BENCHES: dict[str, Callable[[], None]] = {
     "million": million,
     "sweep": sweep,
     "memory": memory,
+    "scaling": scaling,
 }
 
 

@@ -62,14 +62,14 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
     assert tracked.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_killed_rank_without_restarts_is_told_and_resumed(tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
     process = start(TWO, tmp_path, environment())
     wait_for_step(process, 9)
     ranks_of(process)[1].kill()
     _, errors = process.communicate()
     assert process.returncode == 1
-    assert "sft_lab: rank 1 was killed by SIGKILL" in errors
-    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "sft_lab: rank 1 was killed by SIGKILL"
     status = read(tmp_path / "run" / "status.json")
     assert (status["state"], status["error"]) == ("failed", "rank 1 was killed by SIGKILL")
     check(cli("resume", "run", env=environment()))
@@ -95,6 +95,7 @@ def test_a_signal_saves_on_all_ranks(signum: int, code: int, tmp_path: Path, und
     assert adapter(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.slow
 def test_ranks_die_with_the_command_that_started_them(tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
     process = start(TWO, tmp_path, environment())
     wait_for_step(process, 16)
@@ -107,6 +108,7 @@ def test_ranks_die_with_the_command_that_started_them(tmp_path: Path, undisturbe
     assert adapter(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.slow
 def test_what_fails_the_same_way_again_is_not_started_again(tmp_path: Path, cli: Cli) -> None:
     words = ["distributed.max_restarts=3", "trainer.learning_rate=1e30", "trainer.max_grad_norm=0"]
     failed = check(cli(*TWO, *words, env=environment()), code=1)

@@ -1,0 +1,125 @@
+"""Ranks that somebody else has started: torchrun on one machine, on two, and what does not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.starting import TWENTY, adapter, environment
+from tests.test_run import check
+
+pytestmark = pytest.mark.e2e
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def torchrun(
+    path: Path, *words: str, ranks: int = 2, options: tuple[str, ...] = ("--standalone",)
+) -> subprocess.CompletedProcess[str]:
+    command = [*TORCHRUN, *options, "--nproc_per_node", str(ranks), "-m", "sft_lab", *words]
+    env = {**os.environ, **environment()}
+    return subprocess.run(command, cwd=path, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_ranks_that_torchrun_started_join_one_run_on_a_cold_cache(tmp_path: Path) -> None:
+    """Four of them: one directory, data prepared once, the same bytes as the run that starts its own ranks."""
+    cold = {**os.environ, **environment(), "SFT_LAB_CACHE": str(tmp_path / "cold")}
+    words = [*TWENTY, "distributed=ddp"]
+    own = [sys.executable, "-m", "sft_lab", *words, "distributed.num_processes=4", "hydra.run.dir=own"]
+    theirs = [*TORCHRUN, "--standalone", "--nproc_per_node", "4", "-m", "sft_lab", *words]
+    joined = check(subprocess.run(theirs, cwd=tmp_path, env=cold, capture_output=True, text=True, check=False))
+    assert joined.stdout.count("cache miss") == 1
+    assert len(list((tmp_path / "cold" / "data").glob("*/key.json"))) == 1
+    assert "distributed: 4 ranks" in joined.stdout
+    (directory,) = (tmp_path / "outputs").glob("*/*")
+    check(subprocess.run(own, cwd=tmp_path, env=cold, capture_output=True, text=True, check=False))
+    assert adapter(directory) == adapter(tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "distributed=single : torchrun started this command 2 times"),
+        (["distributed=ddp", "distributed.num_processes=4"], "distributed.num_processes=4 : torchrun started 2 (allowed: 2)"),
+        (["-m", "distributed=ddp", "seed=1,2"], "-m : torchrun started this command 2 times"),
+        (["distributed=ddp", "trainer.learning_rte=1"], "did you mean trainer.learning_rate?"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_once(words: list[str], said: str, tmp_path: Path) -> None:
+    refused = torchrun(tmp_path, *words, *TWENTY)
+    assert refused.returncode == 1  # torchrun's own; each rank's is 2
+    assert re.findall(r"exitcode *: (\d+)", refused.stderr)
+    assert refused.stderr.count(said) == 1
+    assert not list((tmp_path / "outputs").glob("*/*")) if (tmp_path / "outputs").exists() else True
+
+
+@pytest.mark.slow
+def test_a_rank_that_torchrun_starts_again_goes_on_with_the_run(tmp_path: Path) -> None:
+    """The directory's name has the time in it: the second attempt must find the first one's."""
+    words = [*TWENTY, "distributed=ddp", "trainer.max_steps=60", "trainer.save_steps=5", "trainer.logging_steps=1"]
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max_restarts", "1", "-m", "sft_lab", *words]
+    env = {**os.environ, **environment()}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    from tests.test_resume import wait_for_step
+
+    wait_for_step(process, 12)
+    import psutil
+
+    ranks = [p for p in psutil.Process(process.pid).children() if "sft_lab" in p.cmdline()]
+    max(ranks, key=lambda p: int(p.environ()["RANK"])).kill()
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert re.search(r"going on from step 1\d", output)
+    (directory,) = (tmp_path / "outputs").glob("*/*")
+    assert (directory / "adapter").is_dir()
+
+
+def _may_make_namespaces() -> bool:
+    if os.geteuid() or shutil.which("ip") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "sft_lab_probe"], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "delete", "sft_lab_probe"], capture_output=True, check=False)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _may_make_namespaces(), reason="needs root and iproute2")
+def test_two_nodes_are_one_run(tmp_path: Path) -> None:
+    """Two network namespaces, joined by a veth pair alone: a torchrun in each, which meet over it."""
+    setup = """
+        ip netns add sft_a; ip netns add sft_b
+        ip link add sft_va netns sft_a type veth peer name sft_vb netns sft_b
+        ip -n sft_a addr add 10.77.0.1/24 dev sft_va; ip -n sft_b addr add 10.77.0.2/24 dev sft_vb
+        for n in a b; do ip -n sft_$n link set lo up; ip -n sft_$n link set sft_v$n up; done
+    """
+    try:
+        subprocess.run(["sh", "-ec", setup], check=True, capture_output=True, text=True)
+        nodes = []
+        for node, name in enumerate("ab"):
+            meet = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node)]
+            meet += ["--master_addr", "10.77.0.1", "--master_port", "29555"]
+            words = [*TWENTY, "distributed=ddp", "hydra.run.dir=run"]
+            env = {**os.environ, **environment(), "GLOO_SOCKET_IFNAME": f"sft_v{name}"}
+            command = ["ip", "netns", "exec", f"sft_{name}", *TORCHRUN, *meet, "-m", "sft_lab", *words]
+            nodes.append(
+                subprocess.Popen(
+                    command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+            )
+        ended = [node.communicate(timeout=300) for node in nodes]
+    finally:
+        for name in "ab":
+            subprocess.run(["ip", "netns", "delete", f"sft_{name}"], capture_output=True, check=False)
+    assert [node.returncode for node in nodes] == [0, 0], ended
+    assert "distributed: 2 ranks, gradients averaged by DistributedDataParallel" in ended[0][0]
+    assert "loss" not in ended[1][0]  # one node speaks
+    one = torchrun(tmp_path, *TWENTY, "distributed=ddp", "hydra.run.dir=one")
+    check(one)
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "one")
