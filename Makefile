@@ -30,6 +30,7 @@ check: $(VENV)/.stamp ## lint, format, types and the tests that train nothing th
 test-all: $(VENV)/.stamp ## every test that needs no GPU
 	$(BIN)/python -m pip install -qq -c constraints.txt ray
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps hydra-ray-launcher
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation setuptools wheel deepspeed
 	$(PYTEST) -m "not gpu" $(ARGS)
 
 bench: $(VENV)/.stamp ## measurements, side by side (ARGS=NAME for one of them)

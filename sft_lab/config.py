@@ -26,6 +26,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -48,7 +49,11 @@ def register() -> None:
     schema = OmegaConf.structured(Config)
     for key in checks.OPEN:
         OmegaConf.set_struct(OmegaConf.select(schema, key), False)  # so that trainer.extra.key=value needs no `+`
-    ConfigStore.instance().store(name="schema", node=schema)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema)
+    Plugins.instance()  # which loads the launchers that are installed, and with them what they store
+    for launcher in ("joblib", "ray"):  # conf/hydra/launcher/ stands in for theirs, and is not to be checked against it
+        store.repo["hydra"]["launcher"].pop(f"{launcher}.yaml", None)
     OmegaConf.register_new_resolver("random_id", lambda: runs.RUN_ID, replace=True)
     OmegaConf.register_new_resolver("mul", lambda *numbers: math.prod(numbers), replace=True)
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)

@@ -184,7 +184,7 @@ def _batch_contradictions(c: Config) -> Iterator[str]:
     steps, rest = divmod(t.global_batch_size, micro)
     if rest or not steps:
         smaller = t.global_batch_size // processes
-        fits = not t.global_batch_size % processes
+        fits = processes > 1 and not t.global_batch_size % processes
         yield (
             f"trainer.global_batch_size={t.global_batch_size} : not a multiple of per_device_train_batch_size x "
             f"processes={t.per_device_train_batch_size} x {processes} (allowed: {micro}, {2 * micro}, {3 * micro}, ..."

@@ -45,7 +45,8 @@ def _named(error: Exception, config: Config, run: RunDirectory) -> Exception:
 
 
 def _no_space(config: Config, run: RunDirectory) -> RunError:
-    run.drop_torn_checkpoints()  # which also makes room for status.json
+    run.spend_reserve()
+    run.drop_torn_checkpoints()
     kept, _ = run.newest_checkpoint()
     goes_on = f"{kept.name} is whole, and `resume` goes on from it" if kept else "no checkpoint was saved yet"
     place = run.checkpoints if run.checkpoints.is_dir() else run.path

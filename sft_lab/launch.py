@@ -86,6 +86,7 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
         except SftLabError:
             run.unlock()
             raise
+        run.keep_reserve()
         run.set_status("running", ended_at=None, pruned_at_step=None)
         with _recorded(run, messages):
             if not run.data.is_dir():  # it ended before its data was written

@@ -24,6 +24,14 @@ class _Terminal(logging.Handler):
             print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
+class _File(logging.FileHandler):
+    """A full disk is for the run to tell, not for each line that finds no room."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 class RunLog(logging.handlers.MemoryHandler):
     """Holds what is logged until the run directory is there to take it."""
 
@@ -32,7 +40,7 @@ class RunLog(logging.handlers.MemoryHandler):
 
     def open(self, path: Path, rank: int = 0) -> None:
         """From now on into this file, to which the other ranks write too."""
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _File(path, encoding="utf-8")
         by = f" rank {rank}" if rank else ""
         file.setFormatter(logging.Formatter(f"%(asctime)s{by} %(levelname)s %(name)s: %(message)s"))
         self.setTarget(file)

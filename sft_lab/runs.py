@@ -21,6 +21,7 @@ from typing import IO, Any
 from sft_lab import errors
 from sft_lab.errors import ConfigError, Interrupted, InUse, Pruned, RunError, SftLabError
 
+_RESERVE_BYTES = 1 << 16
 RUN_ID = secrets.token_hex(2)  # of this process; keeps two runs started in one second apart
 
 
@@ -146,6 +147,15 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
+    def keep_reserve(self) -> None:
+        """Hold some of the disk back, so that when it is full the run can still say so."""
+        reserve = self.path / ".reserve"
+        if not reserve.exists():
+            reserve.write_bytes(os.urandom(_RESERVE_BYTES))  # numbers that no file system makes smaller
+
+    def spend_reserve(self) -> None:
+        (self.path / ".reserve").unlink(missing_ok=True)
+
     def require_free(self) -> None:
         """
         Raises:
@@ -170,6 +180,7 @@ class RunDirectory:
         except ConfigError:
             self.unlock()
             raise
+        self.keep_reserve()
 
     def set_status(self, state: str, **fields: Any) -> None:
         """Merge `fields` into status.json; the states are running, completed, failed and interrupted."""
@@ -179,6 +190,7 @@ class RunDirectory:
         status |= {"state": state, "error": None} | fields
         if state != "running":
             status["ended_at"] = now()
+            self.spend_reserve()
         write_json(self.status, status)
 
     def append_metrics(self, event: dict[str, Any]) -> None:

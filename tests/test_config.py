@@ -27,6 +27,10 @@ MISSING = {  # the options that leave a value to the person
     "data=from_hub": ["data.path=org/name"],
     "data=mixture": ["data.sources={chat: {path: chat.jsonl}, code: {path: code.jsonl, format: alpaca}}"],
     "chat_template=from_file": ["chat_template.path=chat.jinja"],
+    **{  # as many as there are GPUs
+        f"distributed={method}": ["distributed.num_processes=2"]
+        for method in ("ddp", "fsdp1", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+    },
 }
 
 
@@ -55,7 +59,7 @@ def test_groups_have_the_expected_number_of_options() -> None:
     assert {group: len(options) for group, options in groups().items()} == {
         "chat_template": 9,
         "data": 4,
-        "distributed": 1,
+        "distributed": 7,
         "experiment": 0,
         "model": 8,
         "peft": 4,
@@ -191,7 +195,7 @@ REFUSED = [
     Refused("peft=none peft.r=8", "peft.r=8 : has no effect with peft=none", ("(allowed: peft=lora_r16 peft.r=8)",)),
     Refused("peft=none peft.lora_alpha=8", "peft.lora_alpha=8 : has no effect with peft=none"),
     Refused("peft.target_modules=[]", "peft.target_modules=[] : LoRA needs modules"),
-    Refused("distributed.num_processes=2", "distributed.num_processes=2 : ", ("(allowed: 1)",)),
+    Refused("distributed.num_processes=2", "distributed.num_processes=2 : ", ("(allowed: 1, or distributed=ddp",)),
     Refused("trainer.max_steps=0", "trainer.max_steps=0 : ", ("nothing to train",)),
     Refused("data.train_rows=0", "data.train_rows=0 : ", ("(allowed: 1 and more)",)),
     Refused(

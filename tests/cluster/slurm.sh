@@ -34,7 +34,7 @@ install_missing() {
 running() { # PROGRAM PIDFILE
     local pid
     [[ -s $2 ]] || return 1
-    pid=$(<"$2")
+    pid=$(cat "$2" 2>/dev/null) || return 1
     [[ $(readlink "/proc/$pid/exe") == */"$1"* ]] && echo "$pid"
 }
 
@@ -140,6 +140,7 @@ stop() { # DIR
     export SLURM_CONF=$dir/slurm.conf
     if running slurmctld "$dir/slurmctld.pid" >/dev/null; then
         # The tasks of a job outlive slurmd, so they go first, and by KILL: a task may hold SIGTERM back.
+        scancel --partition=debug --state=PENDING 2>/dev/null || true # or the next of an array takes a killed one's place
         scancel --partition=debug --full --signal=KILL 2>/dev/null || true
         scancel --partition=debug 2>/dev/null || true
         for _ in {1..40}; do
