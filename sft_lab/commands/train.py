@@ -57,15 +57,23 @@ def main(argv: Sequence[str]) -> int:
 
 def run_trial(cfg: DictConfig) -> None:
     """A sweep's trial, in a process that one of Hydra's launchers started: it was planned, and frozen then."""
+    from sft_lab import worker
     from sft_lab.sweep import trial
     from sft_lab.sweep.ledger import SweepDirectory
 
     directory = Path(HydraConfig.get().runtime.output_dir)
+    meeting = outside.meeting()
+    if meeting is not None and not meeting.group.leads:  # one of several tasks, on as many nodes, of this trial's job
+        worker.follow()
+        return
     try:
         trial.run(SweepDirectory(directory.parent), directory.name)
     except Interrupted as interrupted:  # its directory says so; the launcher would take it for a failure of all
         if interrupted.warned and callable(signal.getsignal(interrupted.signum)):
             signal.raise_signal(interrupted.signum)  # submitit's, which puts the job back into the queue
+    finally:
+        if meeting is not None:
+            meeting.dismiss(0)
 
 
 def _run_one(cfg: DictConfig) -> None:

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.distributed.starting import TWENTY, adapter, environment
 from tests.sweep.test_sweep import UNTRACKED, states, times, trials
 from tests.test_run import check, read
 
@@ -103,3 +104,75 @@ def test_lost_jobs_end_neither_the_others_nor_the_sweep_and_the_same_command_goe
     assert times(kept) == before
     failed = trials(tmp_path)["trainer.learning_rate=1e+30"]
     assert "loss is nan" in read(failed / "status.json")["error"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_tasks_of_a_step_make_up_one_run(slurm: dict[str, str], tmp_path: Path, ranks: int) -> None:
+    """Two tasks, each on a node of its own: the ranks themselves, or each starts two of them."""
+    words = [*TWENTY, "distributed=ddp", f"distributed.num_processes={ranks}"]
+    step = ["srun", "--partition=debug", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "sft_lab", *words]
+    env = {**slurm, **environment()}
+    done = check(
+        subprocess.run(
+            [*step, "hydra.run.dir=step"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+    )
+    assert done.stdout.count(f"distributed: {ranks} ranks") == 1
+    alone = [sys.executable, "-m", "sft_lab", *words, "hydra.run.dir=alone"]
+    check(subprocess.run(alone, cwd=tmp_path, env=env, capture_output=True, text=True, check=False))
+    assert adapter(tmp_path / "step") == adapter(tmp_path / "alone")
+
+
+def test_a_trial_over_two_nodes_is_one_run(slurm: dict[str, str], tmp_path: Path) -> None:
+    words = ["-m", *TWENTY, "distributed=ddp", "distributed.num_processes=2", "sweep.name=s", "hydra/launcher=slurm"]
+    words += ["hydra.launcher.partition=debug", "hydra.launcher.nodes=2", "hydra.launcher.cpus_per_task=1"]
+    env = {**slurm, **environment()}
+    command = [sys.executable, "-m", "sft_lab", *words]
+    check(subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False))
+    assert states(tmp_path) == ["completed"]
+    (trial,) = (tmp_path / "outputs" / "sweeps" / "s").glob("lora-*")
+    assert "distributed: 2 ranks" in (trial / "train.log").read_text()
+
+
+def test_slurm_warns_and_requeues_a_run_that_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
+    """SIGUSR1 from Slurm itself: the run saves, its job goes back into the queue, and the same script completes it."""
+    words = [
+        *TWENTY,
+        "trainer.max_steps=400",
+        "trainer.logging_steps=1",
+        "distributed=ddp",
+        "distributed.num_processes=2",
+    ]
+    script = tmp_path / "job.sh"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'[ -f run/config.yaml ] && DO="resume run" || DO="{" ".join(words)} hydra.run.dir=run"\n'
+        f"srun --ntasks=1 {sys.executable} -m sft_lab $DO\n"
+    )
+    env = {**slurm, **environment()}
+    submit = ["sbatch", "--parsable", "--partition=debug", "--ntasks=1", "--cpus-per-task=2", "--requeue"]
+    submit += ["--open-mode=append", str(script)]
+    job_id = check(
+        subprocess.run(submit, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    ).stdout.strip()
+    status = tmp_path / "run" / "status.json"
+
+    def wait(what: str, reached: Callable[[], bool]) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not reached():
+            assert time.monotonic() < until, what
+            time.sleep(0.5)
+
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait("it trains", lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 20)
+    subprocess.run(["scancel", "--signal=USR1", job_id], env=env, check=True)
+    wait("it saves", lambda: read(status)["state"] == "interrupted")
+    assert read(status)["error"] == "interrupted by SIGUSR1"
+    pending = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
+    wait(
+        "it waits",
+        lambda: "PENDING" in subprocess.run(pending, env=env, capture_output=True, text=True, check=True).stdout,
+    )
+    time.sleep(2)  # until Slurm has seen the last of the old job
+    subprocess.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], env=env, check=True)
+    wait("it is complete", lambda: read(status)["state"] == "completed")
