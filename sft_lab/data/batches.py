@@ -54,6 +54,8 @@ class TrainingRows:
         return -(-len(self.lengths) // at_once) * at_once
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)
         if index >= len(self.order):
             return {"input_ids": [self._pad], "labels": [IGNORE], **({"seq_lengths": [1]} if self.packs else {})}
         row = int(self.order[index])
