@@ -45,9 +45,14 @@ def test_ranks_that_torchrun_started_join_one_run_on_a_cold_cache(tmp_path: Path
     ("words", "said"),
     [
         ([], "distributed=single : torchrun started this command 2 times"),
-        (["distributed=ddp", "distributed.num_processes=4"], "distributed.num_processes=4 : torchrun started 2 (allowed: 2)"),
-        (["-m", "distributed=ddp", "seed=1,2"], "-m : torchrun started this command 2 times"),
-        (["distributed=ddp", "trainer.learning_rte=1"], "did you mean trainer.learning_rate?"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["distributed=ddp", "distributed.num_processes=4"], "num_processes=4 : torchrun started 2 (allowed: 2)"),
+                (["-m", "distributed=ddp", "seed=1,2"], "-m : torchrun started this command 2 times"),
+                (["distributed=ddp", "trainer.learning_rte=1"], "did you mean trainer.learning_rate?"),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_once(words: list[str], said: str, tmp_path: Path) -> None:
