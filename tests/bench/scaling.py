@@ -38,7 +38,7 @@ def scaling() -> None:
         _timed([*ours, *_WORDS, "trainer.max_steps=1", f"hydra.run.dir={folder}/warm"], env, Path(folder, "warm"))
         for i in range(_ROUNDS):
             for name, command in ways.items():
-                run = Path(folder, f"{name}-{i}".replace(" ", "_"))
+                run = Path(folder, f"{name}-{i}".replace(" ", "_").replace(",", ""))
                 found[name].append(_timed([*command, f"hydra.run.dir={run}"], env, run) if command else _bare(run, env))
     rows = []
     alone = _median([steps for _, steps in found["1 process"]])
@@ -58,7 +58,7 @@ def _timed(command: list[str], env: dict[str, str], run: Path) -> tuple[float, f
 
 def _bare(run: Path, env: dict[str, str]) -> tuple[float, float]:
     """The ranks' own script under bare torchrun, on the run directory that our launch has left."""
-    ours = next(run.parent.glob(f"2_processes,_our_launch-{run.name.rsplit('-', 1)[1]}"))
+    ours = next(run.parent.glob(f"2_processes_our_launch-{run.name.rsplit('-', 1)[1]}"))
     for left in ("adapter", "checkpoints"):
         subprocess.run(["rm", "-rf", str(ours / left)], check=True)
     (ours / "metrics.jsonl").unlink()
