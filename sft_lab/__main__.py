@@ -28,22 +28,16 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (0 done, 1 failed, 2 wrong input, 130/143 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    group = outside.group()
-    if group is None:
+    meeting = outside.meeting()
+    if meeting is None:
         return _answer(words)
-    if group.leads:
+    if meeting.group.leads:
         code = _answer(words)
-        _dismiss(code)
+        meeting.dismiss(code)
         return code
     from sft_lab import worker
 
     return worker.follow()
-
-
-def _dismiss(code: int) -> None:
-    meeting = outside.meeting()
-    assert meeting is not None
-    meeting.dismiss(code)
 
 
 def _answer(words: list[str]) -> int:

@@ -21,8 +21,6 @@ from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 
-log = logging.getLogger("sft_lab")
-
 _WORKER = "sft_lab.worker"
 _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds
 
@@ -58,16 +56,8 @@ def _arguments(config: Config, run: RunDirectory, node: int, nodes: int, address
 
     d = config.distributed
     words = ["--multi_gpu", "--num_processes", str(d.num_processes), "--max_restarts", str(d.max_restarts)]
-    words += [
-        "--num_machines",
-        str(nodes),
-        "--machine_rank",
-        str(node),
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    words += ["--num_machines", str(nodes), "--machine_rank", str(node)]
+    words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) * nodes // d.num_processes)
     words += ["--num_cpu_threads_per_process", str(threads)]
     if nodes > 1:

@@ -157,15 +157,14 @@ class Stop(TrainerCallback):
     def __init__(self) -> None:
         self.signum = 0
         self._training = False
-        self._before: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        self._before = {s: signal.signal(s, self._on_signal) for s in STOPPING}
+        before = {s: signal.signal(s, self._on_signal) for s in STOPPING}
         try:
             yield
         finally:
-            for signum, handler in self._before.items():
+            for signum, handler in before.items():
                 signal.signal(signum, handler)
 
     def _on_signal(self, signum: int, frame: Any) -> None:

@@ -267,7 +267,7 @@ def _agreed(config: Config) -> Config:
         d.num_processes = outside.processes()
         if problems := list(contradictions(config)):
             raise ConfigError(problems)
-    micro = trainer.per_device_train_batch_size * d.num_processes // d.context_parallel_size
+    micro = trainer.per_device_train_batch_size * d.replicas
     if trainer.global_batch_size:
         trainer.gradient_accumulation_steps = trainer.global_batch_size // micro
     trainer.global_batch_size = micro * trainer.gradient_accumulation_steps
@@ -323,6 +323,14 @@ def trial_name(config: Config) -> str:
 
 def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def to_yaml(config: Config) -> str:

@@ -177,7 +177,7 @@ def _distributed_contradictions(c: Config) -> Iterator[str]:
 
 
 def _batch_contradictions(c: Config) -> Iterator[str]:
-    t, processes = c.trainer, c.distributed.num_processes // c.distributed.context_parallel_size
+    t, processes = c.trainer, c.distributed.replicas
     if not t.global_batch_size:
         return
     micro = t.per_device_train_batch_size * processes

@@ -21,11 +21,6 @@ def shards_weights(config: Config) -> bool:
     return config.distributed.method in (*_FSDP, "deepspeed_zero3")
 
 
-def replicas(config: Config) -> int:
-    """Ranks that see rows of their own; those of one context-parallel group share theirs."""
-    return config.distributed.num_processes // config.distributed.context_parallel_size
-
-
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -130,12 +125,12 @@ def _fsdp(config: Config) -> dict[str, Any]:
     if d.method == "fsdp1":
         settings["reshard_after_forward"] = "full_shard" if d.reshard_after_forward else "shard_grad_op"
     found: dict[str, Any] = {"fsdp": True, "fsdp_config": settings}
-    shard_size = d.shard_size or replicas(config)
-    if shard_size != replicas(config) or d.context_parallel_size > 1:
+    shard_size = d.shard_size or d.replicas
+    if shard_size != d.replicas or d.context_parallel_size > 1:
         from accelerate.parallelism_config import ParallelismConfig
 
         found["parallelism_config"] = ParallelismConfig(
-            dp_replicate_size=replicas(config) // shard_size,
+            dp_replicate_size=d.replicas // shard_size,
             dp_shard_size=shard_size,
             cp_size=d.context_parallel_size,
         )

@@ -52,10 +52,11 @@ def require_none(run: RunDirectory, config: Config, allowed: Collection[str]) ->
 
 
 def _changes(record: dict[str, Any], config: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    before, now = flat(record.get("config", {})), flat(configs.to_dict(config))
-    for key in before:  # a key that is new is one of a later version's, at its default
-        if key in now and before[key] != now[key] and not key.startswith(_FREE):
-            yield key, (before[key], now[key])
+    before, now = configs.flat(record.get("config", {})), configs.flat(configs.to_dict(config))
+    for key in before | now if before else ():
+        known = (key in before and key in now) or checks.is_open(key)  # else it is of a later version, at its default
+        if known and before.get(key) != now.get(key) and not key.startswith(_FREE):
+            yield key, (before.get(key), now.get(key))
     for name, was, ask in (
         ("data", record["data_fingerprint"], lambda: fingerprint(config.data)),
         ("model", record["model"]["fingerprint"], lambda: provenance.model_fingerprint(config)),
@@ -67,11 +68,3 @@ def _changes(record: dict[str, Any], config: Config) -> Iterator[tuple[str, tupl
             continue
         if found != was:
             yield name, (was, found)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return found

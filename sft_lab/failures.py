@@ -25,23 +25,21 @@ def explained(config: Config, run: RunDirectory) -> Iterator[None]:
         yield
     except SftLabError:
         raise
-    except MemoryError as error:
-        raise _out_of_memory(config, str(error)) from error
-    except (OSError, RuntimeError, ValueError) as error:  # safetensors and torch have classes of their own for a disk
-        raise _named(error, config, run) from error
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":
+        told = _told(error, config, run)
+        if told is None:
             raise
-        raise _named(error, config, run) from error
+        raise told from error
 
 
-def _named(error: Exception, config: Config, run: RunDirectory) -> Exception:
+def _told(error: Exception, config: Config, run: RunDirectory) -> RunError | None:
+    """By its words too: safetensors and torch raise errors of their own for what the disk or the memory lacks."""
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in _NO_SPACE):
         return _no_space(config, run)
-    if any(sign in text for sign in _NO_MEMORY):
+    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         return _out_of_memory(config, text)
-    return error
+    return None
 
 
 def _no_space(config: Config, run: RunDirectory) -> RunError:

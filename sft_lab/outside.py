@@ -20,9 +20,7 @@ from typing import Any
 from sft_lab.errors import ConfigError, RunError
 
 _FAREWELL_S = 10
-_PATIENCE = timedelta(
-    days=7
-)  # preparing data has no timeout; when the leader dies its store does, and with it all wait
+_PATIENCE = timedelta(days=7)  # preparing data has no timeout; the death of the leader ends the waiting too
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _count_parameters(config: Config, data: Prepared) -> tuple[int, int, int]:
 def _steps(config: Config, data: Prepared, report: Report) -> None:
     t = config.trainer
     rows = TrainingRows(data.train, data.column("length"), config)
-    at_once = t.per_device_train_batch_size * t.gradient_accumulation_steps * distributed.replicas(config)
+    at_once = t.per_device_train_batch_size * t.gradient_accumulation_steps * config.distributed.replicas
     per_epoch = math.ceil(len(rows) / at_once)
     steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * per_epoch)
     padding = round(trainers.padding_share(config, rows), 4)

@@ -173,6 +173,11 @@ class DistributedConfig:
     offload_param: bool = False  # DeepSpeed ZeRO-3
     deepspeed: dict[str, Any] = field(default_factory=dict)  # what else goes into DeepSpeed's own config
 
+    @property
+    def replicas(self) -> int:
+        """Ranks that see rows of their own; those of one context-parallel group share theirs."""
+        return self.num_processes // self.context_parallel_size
+
 
 @dataclass
 class TrackingConfig:

@@ -25,8 +25,8 @@ log = logging.getLogger("sft_lab")
 def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    run, agent = RunDirectory.open(sys.argv[1]), int(sys.argv[2])
-    _die_with(agent)
+    run, parent = RunDirectory.open(sys.argv[1]), int(sys.argv[2])
+    _die_with(parent)
     try:
         code: int = record(_work)(run)
     except Exception:  # `record` has written it into a file for the agent, which tells it
@@ -38,12 +38,12 @@ def main() -> int:
     return 0
 
 
-def _die_with(agent: int) -> None:
+def _die_with(parent: int) -> None:
     """A rank whose agent was killed would train on beside the one that resumes the run (Linux alone can tell it)."""
     from torch.multiprocessing import _prctl_pr_set_pdeathsig
 
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
-    if os.getppid() != agent:  # it died before we asked
+    if os.getppid() != parent:  # it died before we asked
         sys.exit(1)
 
 

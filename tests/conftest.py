@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,13 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name, value in settings.items():
             patch.setenv(name, value)
         yield
+
+
+def may_mount() -> bool:
+    """Whether a test can give a run a small disk of its own."""
+    unshare = shutil.which("unshare")
+    probe = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return unshare is not None and subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture

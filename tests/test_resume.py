@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sft_lab.runs import RunDirectory
-from tests.conftest import Cli, online
+from tests.conftest import Cli, may_mount, online
 from tests.fake_wandb import FakeWandb
 from tests.test_run import check, lines, read
 
@@ -198,6 +197,9 @@ def test_what_has_changed_since_is_refused_by_name(tmp_path: Path, cli: Cli, mai
     refused = check(main("resume", "run"), code=2)
     assert "peft.r: 8 -> 4 : the run began with the first (--allow peft.r goes on nevertheless)" in refused.stderr
     assert "peft.lora_alpha: 16 -> 99" in refused.stderr
+    trainer = "  dataloader_num_workers: 2\n  extra: "
+    run.config.write_text(config.replace(f"{trainer}{{}}", f"{trainer}{{neftune_noise_alpha: 5}}"))
+    assert "trainer.extra.neftune_noise_alpha: None -> 5" in check(main("resume", "run"), code=2).stderr
     assert "no such thing" in check(main("resume", "run", "--allow", "peft.rr"), code=2).stderr
     run.config.write_text(config)
 
@@ -212,14 +214,7 @@ def test_what_has_changed_since_is_refused_by_name(tmp_path: Path, cli: Cli, mai
     assert read(run.status)["state"] == "completed"
 
 
-def _may_mount() -> bool:
-    probe = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return (
-        shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True, check=False).returncode == 0
-    )
-
-
-@pytest.mark.skipif(not _may_mount(), reason="needs mount namespaces")
+@pytest.mark.skipif(not may_mount(), reason="needs mount namespaces")
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, undisturbed: bytes) -> None:
     """The disk fills up in mid-run: a sentence, a true status, and once there is room the same bits."""
     run = tmp_path / "run"

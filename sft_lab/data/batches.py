@@ -46,8 +46,7 @@ class TrainingRows:
 
     def __len__(self) -> int:
         """With several ranks a multiple of what they take at once: what the rows leave empty, blank ones fill."""
-        d = self._config.distributed
-        replicas = d.num_processes // d.context_parallel_size
+        replicas = self._config.distributed.replicas
         if replicas == 1:
             return len(self.lengths)
         at_once = self._config.trainer.per_device_train_batch_size * replicas

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sft_lab import config as configs
 from sft_lab.errors import ConfigError
 from sft_lab.runs import RunDirectory, read_json
 from sft_lab.sweep.differences import differing, is_number
@@ -225,15 +226,7 @@ def _number(value: Any) -> Any:
 
 
 def _flat_config(sections: dict[str, Any]) -> dict[str, Any]:
-    return dict(_flat({name: value for name, value in sections.items() if name not in NOT_COMPARED}))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return configs.flat({name: value for name, value in sections.items() if name not in NOT_COMPARED})
 
 
 def _name_apart(records: Sequence[Record]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import psutil
 import pytest
 
 from sft_lab import config as configs
-from tests.conftest import Cli
+from tests.conftest import Cli, may_mount
 from tests.sweep.test_sweep import UNTRACKED, begun, states, times, trials
 from tests.test_run import check, lines, read
 
@@ -81,13 +80,7 @@ def test_two_sweeps_of_one_name_at_once(cli: Cli, tmp_path: Path) -> None:
     assert "3 trials (3 to train, 0 done)" in check(cli(*endless, "sweep.dry_run=true")).stdout
 
 
-def _may_mount() -> bool:
-    unshare = shutil.which("unshare")
-    probe = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return unshare is not None and subprocess.run(probe, capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not _may_mount(), reason="needs mount namespaces")
+@pytest.mark.skipif(not may_mount(), reason="needs mount namespaces")
 def test_a_trial_whose_disk_is_full_leaves_the_others_alone(cli: Cli, tmp_path: Path) -> None:
     """Only the second trial's checkpoints lie on a disk of 100 kB; with a larger one the same command completes it."""
     sweep = tmp_path / "outputs" / "sweeps" / "s"
@@ -105,7 +98,7 @@ def test_a_trial_whose_disk_is_full_leaves_the_others_alone(cli: Cli, tmp_path: 
     assert states(tmp_path) == ["completed"] * 3
 
 
-@pytest.mark.skipif(not _may_mount(), reason="needs mount namespaces")
+@pytest.mark.skipif(not may_mount(), reason="needs mount namespaces")
 @pytest.mark.parametrize("files", [pytest.param(5, marks=pytest.mark.slow), 22])
 def test_a_sweep_whose_disk_is_full_ends_in_a_sentence_and_goes_on_later(tmp_path: Path, files: int) -> None:
     """The sweep itself lies on a disk with room for some files: its plan fills it, or its first trial; then it grows."""
