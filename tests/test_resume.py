@@ -170,6 +170,7 @@ def test_killed_after_the_last_step_it_makes_no_other(tmp_path: Path, cli: Cli, 
     assert not (tmp_path / "run" / "checkpoints" / "checkpoint-61").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_optimizer_is_passed_over(tmp_path: Path, cli: Cli, undisturbed: bytes) -> None:
     process = start([*SIXTY, "tracking=none", "hydra.run.dir=run"], tmp_path)
     wait_for_step(process, 22)
@@ -244,6 +245,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, undisturbed:
     assert (tmp_path / "after" / "adapter" / "adapter_model.safetensors").read_bytes() == undisturbed
 
 
+@pytest.mark.slow
 def test_a_cluster_warns_and_the_run_saves(tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
     """SIGUSR1, as Slurm sends it before the time is up; the job goes back into the queue."""
     scontrol = tmp_path / "bin" / "scontrol"
@@ -260,6 +262,7 @@ def test_a_cluster_warns_and_the_run_saves(tmp_path: Path, undisturbed: bytes, c
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == undisturbed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_due_by_the_clock_too(tmp_path: Path, cli: Cli) -> None:
     words = [
         "trainer.save_steps=1000",

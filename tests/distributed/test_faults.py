@@ -79,6 +79,7 @@ def test_a_killed_rank_without_restarts_is_told_and_resumed(tmp_path: Path, undi
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_signal_saves_on_all_ranks(signum: int, code: int, tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
     process = start([*TWO, "distributed.max_restarts=1"], tmp_path, environment())
     wait_for_step(process, 10)

@@ -26,6 +26,7 @@ def torchrun(
     return subprocess.run(command, cwd=path, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_started_join_one_run_on_a_cold_cache(tmp_path: Path) -> None:
     """Four of them: one directory, data prepared once, the same bytes as the run that starts its own ranks."""
     cold = {**os.environ, **environment(), "SFT_LAB_CACHE": str(tmp_path / "cold")}

@@ -44,7 +44,7 @@ METHODS = {
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("ddp 2", "fsdp2") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+    [name if name == "ddp 2" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
 )
 def test_the_adapter_is_that_of_one_process(name: str, tmp_path: Path, cli: Cli, single: Path) -> None:
     words, ranks, proof = METHODS[name]
@@ -68,6 +68,7 @@ def test_the_adapter_is_that_of_one_process(name: str, tmp_path: Path, cli: Cli,
     assert sum(sizes.values()) < 4 * 200_000  # the base's parameters
 
 
+@pytest.mark.slow
 def test_an_epoch_of_several_ranks_is_that_of_one(tmp_path: Path, cli: Cli) -> None:
     """Rows that fill neither the last batch nor every rank: none is trained twice, none left out."""
     words = [*TWENTY, "trainer.max_steps=-1", "trainer.num_train_epochs=2", "data.train_rows=21"]
