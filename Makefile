@@ -3,8 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= peft=lora_r8 chat_template=chatml trainer.max_steps=200 trainer.per_device_train_batch_size=4
 ARGS ?=
-# One file a worker, so that what a file's tests share is made once.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8
+# One file a worker, so that what a file's tests share is made once; in the order that tests/conftest.py gives.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 8
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check test-all bench clean

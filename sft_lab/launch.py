@@ -76,6 +76,7 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
     run.lock()
     if run.status.exists() and read_json(run.status)["state"] == "completed":
         say(f"{run.path} is complete, there is nothing to go on with")
+        run.unlock()
         return
     stop = Stop()
     with stop.listening(), run_log() as messages:

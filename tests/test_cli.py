@@ -201,8 +201,8 @@ def test_bad_rows_are_told_with_file_and_row_and_leave_nothing_behind(
     assert listing(tmp_path) == ["rows.jsonl"]
 
 
-def test_more_held_out_rows_than_there_are_is_refused(cli: Cli, tmp_path: Path) -> None:
+def test_more_held_out_rows_than_there_are_is_refused(main: Cli, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
-    told = refused(cli(*TINY, "data=from_file", "data.path=rows.jsonl", "data.eval_rows=3"))
+    told = refused(main(*TINY, "data=from_file", "data.path=rows.jsonl", "data.eval_rows=3"))
     assert "data.eval_rows=3 : rows.jsonl has 3 rows, none would be left to train on (allowed: 0 to 2)" in told
     assert listing(tmp_path) == ["rows.jsonl"]

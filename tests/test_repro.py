@@ -93,10 +93,10 @@ def test_a_trial_made_again_is_no_trial_of_its_sweep(
 
 
 @pytest.mark.e2e
-def test_another_version_is_told_and_the_run_is_made(finished: Path, tmp_path: Path, cli: Cli) -> None:
+def test_another_version_is_told_and_the_run_is_made(finished: Path, tmp_path: Path, main: Cli) -> None:
     run = edited(finished / "run", tmp_path / "run", packages__peft="0.1.0", installed__wandb="0.2.0")
     peft, wandb = (read(finished / "run" / "provenance.json")["packages"][name] for name in ("peft", "wandb"))
-    made = check(cli("repro", "run", "--run-dir", "again", "--json"))
+    made = check(main("repro", "run", "--run-dir", "again", "--json"))
     told = json.loads(made.stdout)
     assert {"what": "packages.peft", "recorded": "0.1.0", "now": peft} in told["differences"]
     assert {"what": "installed.wandb", "recorded": "0.2.0", "now": wandb} in told["differences"]
@@ -110,28 +110,28 @@ def test_another_version_is_told_and_the_run_is_made(finished: Path, tmp_path: P
 
 
 @pytest.mark.e2e
-def test_other_data_is_refused_unless_allowed(finished: Path, tmp_path: Path, cli: Cli) -> None:
+def test_other_data_is_refused_unless_allowed(finished: Path, tmp_path: Path, main: Cli) -> None:
     write_rows(tmp_path / "rows.jsonl", "another")
     run = shutil.copytree(finished / "run", tmp_path / "run")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace(str(finished / "rows.jsonl"), str(tmp_path / "rows.jsonl")))
     before = {path.name for path in tmp_path.iterdir()}
-    refused = check(cli("repro", "run", "--run-dir", "again", "--json"), code=2)
+    refused = check(main("repro", "run", "--run-dir", "again", "--json"), code=2)
     assert "data_fingerprint: " in refused.stderr
     assert "the data is not what this run trained on (--allow data runs it nevertheless)" in refused.stderr
     assert "data_fingerprint" in [difference["what"] for difference in json.loads(refused.stdout)["differences"]]
     assert {path.name for path in tmp_path.iterdir()} == before
-    made = check(cli("repro", "run", "--run-dir", "again", "--allow", "data"), code=1)
+    made = check(main("repro", "run", "--run-dir", "again", "--allow", "data"), code=1)
     assert "adapter: not equal, by at most " in made.stdout
     assert "not the same result: " in made.stdout
     assert "train_loss: " in made.stdout
 
 
 @pytest.mark.e2e
-def test_an_unfinished_run_is_refused(tmp_path: Path, finished: Path, cli: Cli) -> None:
+def test_an_unfinished_run_is_refused(tmp_path: Path, finished: Path, main: Cli) -> None:
     run = shutil.copytree(finished / "run", tmp_path / "run")
     write_json(run / "status.json", {"state": "interrupted"})
-    refused = check(cli("repro", "run"), code=2)
+    refused = check(main("repro", "run"), code=2)
     assert "the run's state is interrupted" in refused.stderr
     assert f"resume {run}" in refused.stderr
     assert not (tmp_path / "outputs").exists()

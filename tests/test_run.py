@@ -129,42 +129,43 @@ def test_eval_repeats_the_runs_own_evaluation(finished: tuple[Path, str], cli: C
     assert report["metrics"]["loss"] == pytest.approx(read(run / "result.json")["metrics"]["eval_loss"], rel=1e-4)
 
 
-def test_eval_on_other_rows(finished: tuple[Path, str], cli: Cli, tmp_path: Path) -> None:
+def test_eval_on_other_rows(finished: tuple[Path, str], main: Cli, tmp_path: Path) -> None:
     run, _ = finished
     row = {"prompt": "train qwen", "completion": "python -m sft_lab model=qwen3_8b"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     words = ["data=from_file", "data.path=rows.jsonl", "data.metrics=[exact_match]", "--json"]
-    report = json.loads(check(cli("eval", str(run), *words)).stdout)
+    report = json.loads(check(main("eval", str(run), *words)).stdout)
     assert (report["rows"], report["source"]) == (1, "rows.jsonl")
     assert set(report["metrics"]) == {"loss", "exact_match"}
-    wrong = check(cli("eval", str(run), "trainer.max_steps=3"), code=2)
+    wrong = check(main("eval", str(run), "trainer.max_steps=3"), code=2)
     assert "trainer.max_steps=3" in wrong.stderr
 
 
-def test_the_same_seed_gives_the_same_bytes(cli: Cli, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(cli: Cli, main: Cli, tmp_path: Path) -> None:
+    """In a process of its own and in this one, which has trained others before."""
     adapters = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        check(cli(*QUICK, "tracking=none", "evaluation.rows=0", f"seed={seed}", f"hydra.run.dir={name}"))
+    for name, seed, run in (("a", 1, cli), ("b", 1, main), ("c", 2, main)):
+        check(run(*QUICK, "tracking=none", "evaluation.rows=0", f"seed={seed}", f"hydra.run.dir={name}"))
         adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
     assert adapters[0] != adapters[2]
 
 
-def test_a_directory_is_never_used_twice(finished: tuple[Path, str], cli: Cli) -> None:
+def test_a_directory_is_never_used_twice(finished: tuple[Path, str], main: Cli) -> None:
     run, _ = finished
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    refused = check(cli(*QUICK, f"hydra.run.dir={run}"), code=2)
+    refused = check(main(*QUICK, f"hydra.run.dir={run}"), code=2)
     assert "holds a run already" in refused.stderr
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
-def test_full_training_without_an_adapter(cli: Cli, tmp_path: Path) -> None:
-    check(cli(*QUICK, "peft=none", "tracking=none", "hydra.run.dir=run"))
+def test_full_training_without_an_adapter(main: Cli, tmp_path: Path) -> None:
+    check(main(*QUICK, "peft=none", "tracking=none", "hydra.run.dir=run"))
     assert (tmp_path / "run" / "adapter" / "model.safetensors").exists()
-    assert check(cli("chat", "run", "--prompt", "hello", "--max-new-tokens", "4")).stdout
+    assert check(main("chat", "run", "--prompt", "hello", "--max-new-tokens", "4")).stdout
 
 
-def test_a_model_that_cannot_be_had_fails_in_one_sentence(cli: Cli, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_had_fails_in_one_sentence(cli: Cli, main: Cli, tmp_path: Path) -> None:
     """Without a hub llama7b fails with exit code 1; the same config on a local Llama trains."""
     from sft_lab import embedded
 
@@ -173,19 +174,19 @@ def test_a_model_that_cannot_be_had_fails_in_one_sentence(cli: Cli, tmp_path: Pa
     assert failed.stderr.count("\n") == 1
     assert "model.path=meta-llama/Llama-2-7b-hf" in failed.stderr
     assert read(tmp_path / "a" / "status.json")["state"] == "failed"
-    check(cli(*words, f"model.path={embedded.resolve('embedded:tiny_llama')}", "hydra.run.dir=b"))
+    check(main(*words, "trainer.max_steps=1", f"model.path={embedded.resolve('embedded:tiny_llama')}", "hydra.run.dir=b"))
 
 
-def test_bad_rows_are_refused_or_left_out_on_the_record(cli: Cli, tmp_path: Path) -> None:
+def test_bad_rows_are_refused_or_left_out_on_the_record(main: Cli, tmp_path: Path) -> None:
     good = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
     bad = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
     (tmp_path / "rows.jsonl").write_text("\n".join([good, good, bad, "{", good]) + "\n")
     words = ["model=tiny_llama", "data=from_file", "data.path=rows.jsonl", "trainer.max_steps=1", "tracking=none"]
-    refused = check(cli(*words), code=2)
+    refused = check(main(*words), code=2)
     assert "rows.jsonl: row 3: no assistant turn" in refused.stderr
     assert "rows.jsonl: row 4: broken JSON" in refused.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
-    check(cli(*words, "data.on_bad_row=skip", "hydra.run.dir=run"))
+    check(main(*words, "data.on_bad_row=skip", "hydra.run.dir=run"))
     report = read(tmp_path / "run" / "preflight.json")
     assert report["rows"] == {"read": 5, "kept": 3, "dropped": {"bad": 2}}
     finding = next(f for f in report["findings"] if f["name"] == "dropped_bad")

@@ -672,12 +672,12 @@ QUICK = ("bad rows", "rows whose end is not learned")  # the others take the sam
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TYPED]
 )
-def test_plan_and_training_refuse_alike_and_leave_nothing_behind(name: str, cli: Cli, tmp_path: Path) -> None:
+def test_plan_and_training_refuse_alike_and_leave_nothing_behind(name: str, main: Cli, tmp_path: Path) -> None:
     file, content, said = TYPED[name]
     written(tmp_path, file, content)
     words = ["model=tiny_llama", "tracking=none", "trainer.max_steps=1", "data=from_file", f"data.path={file}"]
     for command in (["plan"], []):
-        done = cli(*command, *words)
+        done = main(*command, *words)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert said in done.stdout + done.stderr

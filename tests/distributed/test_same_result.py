@@ -83,10 +83,10 @@ def test_an_epoch_of_several_ranks_is_that_of_one(tmp_path: Path, cli: Cli) -> N
     assert one == two
 
 
-def test_what_does_something_else_than_it_says_does_not_train(tmp_path: Path, cli: Cli) -> None:
+def test_what_does_something_else_than_it_says_does_not_train(tmp_path: Path, cli: Cli, main: Cli) -> None:
     """FSDP on a CPU is DDP: refused beforehand, and where that is allowed, at the start."""
     words = [*TWENTY, "distributed=fsdp2", "distributed.num_processes=2", "hydra.run.dir=run"]
-    refused = check(cli(*words), code=2)
+    refused = check(main(*words), code=2)
     assert "on a CPU Accelerate trains as DDP does" in refused.stderr
     assert not (tmp_path / "run").exists()
     failed = check(cli(*words, "preflight.allow=[distributed]"), code=1)

@@ -90,14 +90,14 @@ def test_a_search_takes_no_new_choices(main: Cli, tmp_path: Path) -> None:
     assert "peft : this search was begun with lora_r8, lora_r16, and knows no others" in result.stderr
 
 
-def test_a_trial_that_outlived_its_sweep_trains_on(cli: Cli, tmp_path: Path) -> None:
+def test_a_trial_that_outlived_its_sweep_trains_on(main: Cli, tmp_path: Path) -> None:
     """Its process is the one of an isolated trial, whose sweep was killed: typed again, the command leaves it alone."""
     words = [*SEARCH, RATE, "hydra.sweeper.n_trials=1", "sweep.isolate=true", "trainer.max_steps=100000"]
     process = begun(words, tmp_path, "step 3/")
     (trial,) = psutil.Process(process.pid).children()
     process.kill()
     try:
-        again = check(cli(*words), code=1)
+        again = check(main(*words), code=1)
         assert "1 of 1 are not done yet" in again.stderr
         assert "trial " not in again.stdout.split("search s:")[1].split("report:")[0].replace("trials", "")
         assert trial.is_running()
@@ -178,6 +178,7 @@ def test_wrong_searches(main: Cli, tmp_path: Path, words: list[str], told: str) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_it_finds_a_better_learning_rate_than_the_default(cli: Cli, tmp_path: Path) -> None:
     """In twelve short trials on the embedded data, most of them stopped before their end."""
     short = ["model=tiny_llama", "tracking=none", "trainer.max_steps=24", "data.train_rows=200", "data.eval_rows=32", "evaluation.rows=0"]  # fmt: skip
