@@ -174,7 +174,9 @@ def test_a_model_that_cannot_be_had_fails_in_one_sentence(cli: Cli, main: Cli, t
     assert failed.stderr.count("\n") == 1
     assert "model.path=meta-llama/Llama-2-7b-hf" in failed.stderr
     assert read(tmp_path / "a" / "status.json")["state"] == "failed"
-    check(main(*words, "trainer.max_steps=1", f"model.path={embedded.resolve('embedded:tiny_llama')}", "hydra.run.dir=b"))
+    check(
+        main(*words, "trainer.max_steps=1", f"model.path={embedded.resolve('embedded:tiny_llama')}", "hydra.run.dir=b")
+    )
 
 
 def test_bad_rows_are_refused_or_left_out_on_the_record(main: Cli, tmp_path: Path) -> None:
