@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sft_lab import ranks
+from sft_lab import checkpoints, ranks
 from sft_lab.console import Progress
 from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory
@@ -142,7 +142,7 @@ class Saving(TrainerCallback):
         ranks.wait()
         self._saved_at = time.monotonic()
         if ranks.leads():
-            self.run.seal_checkpoint(state.global_step)
+            checkpoints.seal(checkpoints.at(self.run, state.global_step))
             self.run.set_status("running", step=state.global_step)
 
 

@@ -212,31 +212,6 @@ class RunDirectory:
         kept = [json.dumps(event) + "\n" for event in self.read_metrics() if event["step"] <= step]
         write_text(self.metrics, "".join(kept))
 
-    def seal_checkpoint(self, step: int) -> None:
-        """Mark checkpoint-`step` as whole by listing its files and their sizes; called after the last is written."""
-        checkpoint = self.checkpoints / f"checkpoint-{step}"
-        sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
-        write_json(checkpoint / "whole.json", sizes)
-
-    def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint, and why each newer one was passed over."""
-        passed_over: list[str] = []
-        for checkpoint in sorted(self.checkpoints.glob("checkpoint-*"), key=_step_of, reverse=True):
-            problem = _damage(checkpoint)
-            if problem is None:
-                return checkpoint, passed_over
-            passed_over.append(f"{checkpoint.name}: {problem}")
-        return None, passed_over
-
-    def drop_checkpoints_after(self, checkpoint: Path | None) -> None:
-        """Remove what is newer than `checkpoint`: torn ones, which the run will write again."""
-        step = _step_of(checkpoint) if checkpoint else 0
-        for other in self.checkpoints.glob("checkpoint-*"):
-            if _step_of(other) > step:
-                shutil.rmtree(other)
-
-    # ------------------------------------------------------------------------------------------ what ranks say
-
     def write_verdict(self, error: SftLabError) -> None:
         """How the ranks ended, for who started them; the first word counts."""
         if not self.verdict.exists():
@@ -259,16 +234,6 @@ class RunDirectory:
             word = read_json(self.verdict)
             raise getattr(errors, word["error"])(*word["arguments"])
 
-    # ------------------------------------------------------------------------------------------------------------
-
-    def drop_torn_checkpoints(self) -> None:
-        for checkpoint in self.checkpoints.glob("checkpoint-*"):
-            if _damage(checkpoint):
-                shutil.rmtree(checkpoint)
-
-    def drop_checkpoint(self, step: int) -> None:
-        shutil.rmtree(self.checkpoints / f"checkpoint-{step}")
-
     def require_adapter(self) -> Path:
         """The finished run's adapter (or, for peft=none, its model).
 
@@ -282,20 +247,3 @@ class RunDirectory:
                 f"`python -m sft_lab resume {self.path}` goes on with it"
             )
         return self.adapter
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _damage(checkpoint: Path) -> str | None:
-    seal = checkpoint / "whole.json"
-    if not seal.is_file():
-        return "not whole, the run ended while it was being saved"
-    for name, size in read_json(seal).items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    return None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import resource
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
-from sft_lab import adapter, console, distributed, evaluate, ranks, tracking
+from sft_lab import adapter, checkpoints, console, distributed, held_out, outcome, ranks, tracking
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab import trainer as trainers
@@ -21,7 +20,7 @@ from sft_lab.data import inspection, references, view
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import Interrupted, PreflightError, Pruned
 from sft_lab.failures import explained
-from sft_lab.runs import RunDirectory, read_json, whole_directory, write_json, write_text
+from sft_lab.runs import RunDirectory, read_json, whole_directory
 from sft_lab.schema import Config
 
 log = logging.getLogger("sft_lab")
@@ -51,7 +50,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
         console.show_facts(_facts(config, run, data))
         _show_data(config, run, data, tracker)
         set_seed(config.seed)
-        _forget_peak_memory()
+        outcome.forget_peak_memory()
         progress = console.Progress()
         metrics = Metrics(run, tracker, progress, run.read_metrics())
         saving = Saving(run, config.trainer.save_minutes)
@@ -62,7 +61,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
             trainers.prove_isolation(config, trainer)
             if checkpoint is None:
                 _try_to_save(config, run, trainer)
-            before.update(_evaluate_before(config, run, data, trainer.model, metrics))
+            before.update(held_out.before(config, run, data, trainer.model, metrics))
             set_seed(config.seed + ranks.index())  # from here on dropout draws, in each rank its own
             if trainer.state.global_step >= trainer.state.max_steps:
                 raise _NothingLeft
@@ -77,10 +76,10 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
         for callback in (stop, *callbacks):
             callback.raise_if_stopped()
         _save_adapter(run, trainer)
-        after = _evaluate_after(config, run, data, trainer, tracker)
-        result = _record(config, run, trainer, metrics, before | after)
+        after = held_out.after(config, run, data, trainer, tracker)
+        result = outcome.record(config, run, trainer, metrics, before | after)
         if ranks.leads():
-            _track(config, run, tracker, result, data)
+            outcome.track(config, run, tracker, result, data)
             run.set_status("completed", step=trainer.state.global_step)
         exit_code = 0
         return result
@@ -112,11 +111,11 @@ def _finish(tracker: tracking.Tracker, exit_code: int) -> None:
 
 def _rewind(run: RunDirectory) -> Path | None:
     """The checkpoint to go on from, with everything after it taken back."""
-    checkpoint, passed_over = run.newest_checkpoint()
+    checkpoint, passed_over = checkpoints.newest(run)
     for reason in passed_over:
         log.warning("passed over %s", reason)
-    run.drop_checkpoints_after(checkpoint)
-    step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    checkpoints.drop_after(run, step)
     run.rewind_metrics(step)
     if checkpoint:
         console.say(f"going on from step {step}")
@@ -142,14 +141,14 @@ def _try_to_save(config: Config, run: RunDirectory, trainer: Any) -> None:
     trainer._save_checkpoint(trainer.model, trial=None)
     if trainer.is_fsdp_enabled:  # to have a state to save, torch made a step without gradients, which Adam counts
         trainer.optimizer.state.clear()
-    folder = run.checkpoints / "checkpoint-0"
+    folder = checkpoints.at(run, 0)
     if config.distributed.state_dict_type == "SHARDED_STATE_DICT":
         adapter.save(trainer, folder)
     ranks.wait()
     adapter.require_whole(trainer, folder)
     ranks.wait()
     if ranks.leads():
-        run.drop_checkpoint(0)
+        shutil.rmtree(folder)
 
 
 def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
@@ -191,68 +190,6 @@ def _show_data(config: Config, run: RunDirectory, data: Prepared, tracker: track
     tracker.use_data(references.name_of(fingerprint), uris, references.described(config.data, fingerprint, read))
 
 
-def _evaluate_before(
-    config: Config, run: RunDirectory, data: Prepared, model: Any, metrics: Metrics
-) -> dict[str, float]:
-    """Metrics of the model as it came; a resumed run reads what its first session measured."""
-    if not config.evaluation.before or not len(data.questions):
-        return {}
-    if not ranks.from_leader(run.answers_before.exists()):
-        answers = evaluate.answer_rows(model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
-        if ranks.leads():
-            write_json(run.answers_before, answers)
-    if not ranks.leads():
-        return {}
-    scores = evaluate.score(config.data.metrics, read_json(run.answers_before), data.questions["reference"])
-    if scores and not any(event["step"] == 0 for event in run.read_metrics()):
-        metrics.record({"step": 0, "split": "eval", **scores})
-    _say_scores("before training", scores, config, data)
-    return {f"{name}_before": value for name, value in scores.items()}
-
-
-def _evaluate_after(config: Config, run: RunDirectory, data: Prepared, trainer: Any, tracker: Any) -> dict[str, float]:
-    """Loss and metrics on the held-out rows, and samples.jsonl."""
-    if not len(data.eval):
-        if ranks.leads():
-            write_text(run.samples, "")
-        return {}
-    loss = {"eval_loss": trainer.evaluate()["eval_loss"]}
-    answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
-    if not ranks.leads():
-        return loss
-    scores = evaluate.score(config.data.metrics, answers, data.questions["reference"])
-    _say_scores("after training", scores, config, data)
-    if scores:
-        event = {"step": trainer.state.global_step, "split": "eval", **scores}
-        run.append_metrics(event)
-        tracker.log(tracking.flatten_event(event), event["step"])
-    _write_samples(config, run, data, answers)
-    return loss | scores
-
-
-def _say_scores(when: str, scores: dict[str, float], config: Config, data: Prepared) -> None:
-    rows = min(config.evaluation.rows, len(data.questions))
-    for name, value in scores.items():
-        console.say(f"{name.replace('_', ' ')} {when}: {value:.1%} of {rows} held-out rows")
-
-
-def _write_samples(config: Config, run: RunDirectory, data: Prepared, answers: list[str]) -> None:
-    before = read_json(run.answers_before) if run.answers_before.exists() else []
-    samples = []
-    for i, answer in enumerate(answers[: config.evaluation.samples]):
-        row = data.questions[i]
-        samples.append(
-            {
-                "id": data.row_id(row),
-                "prompt": data.tokenizer.decode(row["prompt_ids"]),
-                "reference": row["reference"],
-                "answer_before": before[i] if before else None,
-                "answer": answer,
-            }
-        )
-    write_text(run.samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-
-
 def _save_adapter(run: RunDirectory, trainer: Any) -> None:
     """adapter/ with weights, configuration, tokenizer and chat template; or an error and no adapter/ at all.
 
@@ -268,69 +205,3 @@ def _save_adapter(run: RunDirectory, trainer: Any) -> None:
             adapter.require_finite(folder)
         adapter.require_whole(trainer, folder)
     ranks.wait()
-
-
-def _record(
-    config: Config, run: RunDirectory, trainer: Any, metrics: Metrics, evaluated: dict[str, float]
-) -> dict[str, Any]:
-    tokens, peak = metrics.counter.total() if metrics.counter else 0, max(ranks.gathered(_peak_memory_bytes()))
-    if not ranks.leads():
-        return {}
-    last = [event for event in run.read_metrics() if event["split"] == "train"][-1]
-    train_s = metrics.trained_s
-    result = {
-        "metrics": {"train_loss": last["loss"], **evaluated},
-        "train_s": round(train_s, 3),
-        "tokens_per_s": round(tokens / train_s, 1),
-        "peak_memory_bytes": peak,  # of the rank that held most
-        "predicted_peak_memory_bytes": read_json(run.preflight)["memory"],
-        "steps": trainer.state.global_step,
-        "adapter_bytes": sum(f.stat().st_size for f in run.adapter.glob("*.safetensors")),
-    }
-    write_json(run.result, result)
-    console.say(
-        f"trained {result['steps']} steps in {train_s:.0f} s, {result['tokens_per_s']:.0f} tokens/s; "
-        f"adapter of {result['adapter_bytes'] / 1e6:.1f} MB in {run.adapter}"
-    )
-    return result
-
-
-def _forget_peak_memory() -> None:
-    """Begin a run's peak anew: a sweep's trials are of one process."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # not on Linux, or /proc is closed: the peak is then that of all trials so far
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory_bytes() -> int:
-    """The most the run held: of GPU memory where there is one, else of the process's resident memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _track(
-    config: Config, run: RunDirectory, tracker: tracking.Tracker, result: dict[str, Any], data: Prepared
-) -> None:
-    """The run's summary, samples and adapter, beside the team's other runs."""
-    report = read_json(run.preflight)
-    facts = {f"preflight/{name}": report[name] for name in ("steps", "tokens_per_step", "eval_rows", "disk_bytes")}
-    for group in ("tokens", "parameters", "rows"):
-        facts |= {f"preflight/{group}/{name}": n for name, n in report[group].items() if isinstance(n, (int, float))}
-    tracker.summary({**facts, **{name: v for name, v in result.items() if name != "metrics"}, **result["metrics"]})
-    columns = ["id", "prompt", "reference", "answer_before", "answer"]
-    if run.samples.exists():
-        samples = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()]
-        tracker.table("samples", columns, [[sample[c] for c in columns] for sample in samples], result["steps"])
-    metadata = {
-        "base_model": config.model.path,
-        "data_fingerprint": data.facts["data_fingerprint"],
-        "config": configs.to_dict(config),
-        "metrics": result["metrics"],
-    }
-    tracker.log_adapter(run.adapter, f"{run.path.name}-adapter", metadata)

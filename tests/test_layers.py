@@ -13,7 +13,19 @@ PACKAGE = Path(sft_lab.__file__).parent
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["", "errors", "schema", "library", "options"], 1),
     **dict.fromkeys(
-        ["checks", "contradictions", "outside", "command_line", "config", "runs", "logs", "console", "wandb_file"], 2
+        [
+            "checks",
+            "contradictions",
+            "outside",
+            "command_line",
+            "config",
+            "runs",
+            "checkpoints",
+            "logs",
+            "console",
+            "wandb_file",
+        ],
+        2,
     ),
     **dict.fromkeys(
         [
@@ -45,7 +57,9 @@ LAYERS: dict[str, int] = {
             "drift",
             "failures",
             "findings",
+            "held_out",
             "launch",
+            "outcome",
             "preflight",
             "provenance",
             "repro",

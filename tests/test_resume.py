@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_lab import checkpoints
 from sft_lab.runs import RunDirectory
 from tests.conftest import Cli, may_mount, online
 from tests.fake_wandb import FakeWandb
@@ -109,7 +110,7 @@ def test_a_signal_saves_and_resume_goes_on(
     status = read(tmp_path / "run" / "status.json")
     assert status["state"] == "interrupted"
     assert signal.Signals(signum).name in status["error"]
-    saved = RunDirectory(tmp_path / "run").newest_checkpoint()[0]
+    saved = checkpoints.newest(RunDirectory(tmp_path / "run"))[0]
     assert saved is not None
     assert int(saved.name.split("-")[1]) == status["step"] >= 10
     assert not (tmp_path / "run" / "adapter").exists()

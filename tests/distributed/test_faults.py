@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sft_lab import checkpoints
 from sft_lab.runs import RunDirectory
 from tests.conftest import Cli, online
 from tests.distributed.starting import adapter, environment
@@ -88,7 +89,7 @@ def test_a_signal_saves_on_all_ranks(signum: int, code: int, tmp_path: Path, und
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     status = read(tmp_path / "run" / "status.json")
     assert status["state"] == "interrupted"
-    saved, passed_over = RunDirectory(tmp_path / "run").newest_checkpoint()
+    saved, passed_over = checkpoints.newest(RunDirectory(tmp_path / "run"))
     assert saved is not None
     assert not passed_over
     assert int(saved.name.split("-")[1]) == status["step"] >= 10

@@ -1,0 +1,68 @@
+"""The checkpoints of a run: which of them are whole, and which is the newest.
+
+A checkpoint is a directory of many files, which the Trainer writes one after the other. It counts once it is sealed: a
+list of its files and their sizes, written last.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from sft_lab.runs import RunDirectory, read_json, write_json
+
+_SEAL = "whole.json"
+
+
+def at(run: RunDirectory, step: int) -> Path:
+    return run.checkpoints / f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as whole; called after its last file was written."""
+    sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
+    write_json(checkpoint / _SEAL, sizes)
+
+
+def newest(run: RunDirectory) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and why each newer one was passed over."""
+    passed_over: list[str] = []
+    for checkpoint in sorted(_all(run), key=step_of, reverse=True):
+        problem = _damage(checkpoint)
+        if problem is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint.name}: {problem}")
+    return None, passed_over
+
+
+def drop_after(run: RunDirectory, step: int) -> None:
+    """Remove what is newer than `step`: torn ones, which the run will write again."""
+    for checkpoint in _all(run):
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
+def drop_torn(run: RunDirectory) -> None:
+    for checkpoint in _all(run):
+        if _damage(checkpoint):
+            shutil.rmtree(checkpoint)
+
+
+def _all(run: RunDirectory) -> list[Path]:
+    return list(run.checkpoints.glob("checkpoint-*"))
+
+
+def _damage(checkpoint: Path) -> str | None:
+    if not (checkpoint / _SEAL).is_file():
+        return "not whole, the run ended while it was being saved"
+    for name, size in read_json(checkpoint / _SEAL).items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
