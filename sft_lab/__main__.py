@@ -28,16 +28,25 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (0 done, 1 failed, 2 wrong input, 130/143 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    meeting = outside.meeting()
+    try:
+        meeting = outside.meeting()
+        if meeting is not None and not meeting.group.leads:
+            from sft_lab import worker
+
+            return worker.follow()
+    except SftLabError as error:
+        print(f"sft_lab: {_told(error)}", file=sys.stderr)
+        return error.exit_code
     if meeting is None:
         return _answer(words)
-    if meeting.group.leads:
+    code = 1
+    try:
         code = _answer(words)
+    except SystemExit as leave:  # argparse's, of --help and of what it refuses
+        code = leave.code if isinstance(leave.code, int) else 2
+    finally:
         meeting.dismiss(code)
-        return code
-    from sft_lab import worker
-
-    return worker.follow()
+    return code
 
 
 def _answer(words: list[str]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sft_lab import ranks
 from sft_lab.data.template import Template
 from sft_lab.errors import RunError
 from sft_lab.schema import PeftConfig
@@ -67,14 +66,14 @@ def save(trainer: Any, folder: Path) -> None:
         plugin.set_state_dict_type(kept)
 
 
-def require_whole(trainer: Any, folder: Path) -> None:
+def require_whole(expected: dict[str, tuple[int, ...]], folder: Path) -> None:
     """
+    Args:
+        expected: what `trained` found before the model was wrapped or sharded.
+
     Raises:
         RunError: `folder` lacks one of the tensors that are trained, or has it in another shape.
     """
-    expected = _trained(trainer.model)  # every rank: of a sharded model none knows the whole shape alone
-    if not ranks.leads():
-        return
     found = {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()}
     wrong = [name for name, shape in expected.items() if found.get(name) != shape]
     if wrong:
@@ -84,7 +83,7 @@ def require_whole(trainer: Any, folder: Path) -> None:
         )
 
 
-def _trained(model: Any) -> dict[str, tuple[int, ...]]:
+def trained(model: Any) -> dict[str, tuple[int, ...]]:
     """The shape of each trained tensor, under the name that it has in the file."""
     import torch
     from peft import PeftModel, get_peft_model_state_dict
@@ -102,6 +101,15 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
     with safe_open(file, framework="pt") as weights:
         return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+
+def is_finite(model: Any) -> bool:
+    """Whether what this rank has of the trained weights is made of numbers."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    trained = [getattr(p, "ds_tensor", p) for p in model.parameters() if p.requires_grad]
+    return all(bool(torch.isfinite(p.to_local() if isinstance(p, DTensor) else p).all()) for p in trained)
 
 
 def require_finite(folder: Path) -> None:

@@ -40,7 +40,7 @@ def run(config: Config, run: RunDirectory, node: int = 0, nodes: int = 1, addres
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     died = ""
-    with _passing_signals_on(run), _quietly():
+    with _passing_signals_on(run), _quietly(), _offline():
         try:
             multi_gpu_launcher(_arguments(config, run, node, nodes, address, port))
         except ChildFailedError as error:
@@ -58,7 +58,7 @@ def _arguments(config: Config, run: RunDirectory, node: int, nodes: int, address
     words = ["--multi_gpu", "--num_processes", str(d.num_processes), "--max_restarts", str(d.max_restarts)]
     words += ["--num_machines", str(nodes), "--machine_rank", str(node)]
     words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) * nodes // d.num_processes)
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) * nodes // d.num_processes)
     words += ["--num_cpu_threads_per_process", str(threads)]
     if nodes > 1:
         words += ["--main_process_ip", address, "--main_process_port", str(port), "--rdzv_backend", "c10d"]
@@ -100,6 +100,20 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
         if patience is None:
             del os.environ[_PATIENCE]
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """What ranks read of the hub was fetched before they are started, in the revision that was found then."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sft_lab import checkpoints, ranks
+from sft_lab import adapter, checkpoints, ranks
 from sft_lab.console import Progress
 from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory
@@ -138,8 +138,17 @@ class Saving(TrainerCallback):
         if any(ranks.agreed(due)):  # every clock goes its own way
             control.should_save = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        ranks.wait()
+    def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        """
+        Raises:
+            RunError: what is trained is no longer finite, which the loss may tell some steps later; no seal then.
+        """
+        (broken,) = ranks.agreed(not adapter.is_finite(model))
+        if broken:
+            raise RunError(
+                f"weights are not finite at step {state.global_step}: training has diverged "
+                f"(trainer.learning_rate={args.learning_rate:g} may be too high)"
+            )
         self._saved_at = time.monotonic()
         if ranks.leads():
             checkpoints.seal(checkpoints.at(self.run, state.global_step))

@@ -168,12 +168,20 @@ def _distributed_contradictions(c: Config) -> Iterator[str]:
             "row would see each other (allowed: trainer.packing=false)"
         )
     if d.num_processes:
-        for key, size in (("shard_size", d.shard_size), ("context_parallel_size", d.context_parallel_size)):
-            if size and d.num_processes % size:
-                yield (
-                    f"distributed.{key}={size} : does not divide distributed.num_processes={d.num_processes} "
-                    f"(allowed: {', '.join(str(n) for n in range(1, d.num_processes + 1) if not d.num_processes % n)})"
-                )
+        if d.num_processes % d.context_parallel_size:
+            yield (
+                f"distributed.context_parallel_size={d.context_parallel_size} : does not divide "
+                f"distributed.num_processes={d.num_processes} (allowed: {_divisors(d.num_processes, 1)})"
+            )
+        elif d.shard_size == 1 or (d.shard_size and d.replicas % d.shard_size):
+            yield (
+                f"distributed.shard_size={d.shard_size} : not a part of the {d.replicas} ranks that have rows of their "
+                f"own (allowed: {_divisors(d.replicas, 2)}, or 0 for all of them)"
+            )
+
+
+def _divisors(number: int, least: int) -> str:
+    return ", ".join(str(n) for n in range(least, number + 1) if not number % n)
 
 
 def _batch_contradictions(c: Config) -> Iterator[str]:

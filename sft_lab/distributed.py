@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sft_lab import ranks
+from sft_lab import outside, ranks
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import Config
 
@@ -38,6 +38,13 @@ def require(config: Config) -> None:
     d, gpu = config.distributed, torch.cuda.is_available()
     if d.method == "fsdp1" and not gpu:
         raise ConfigError("distributed=fsdp1 : does not run on a CPU (allowed: distributed=ddp, or fsdp2 on GPUs)")
+    started = outside.group()
+    here = d.num_processes // (started.nodes if started else 1)
+    if gpu and here > torch.cuda.device_count():
+        raise ConfigError(
+            f"distributed.num_processes={d.num_processes} : needs {here} GPUs here, {torch.cuda.device_count()} are "
+            f"visible (allowed: one process a GPU)"
+        )
     if d.context_parallel_size > 1 and not gpu:
         raise ConfigError(
             f"distributed.context_parallel_size={d.context_parallel_size} : its attention runs on GPUs alone "
@@ -64,19 +71,18 @@ def doubts(config: Config) -> str:
     return ""
 
 
-def use_one_gpu() -> str:
-    """Leave one GPU to a process that is alone; says so where there were several, else nothing.
+def use_one_gpu(config: Config, arguments: Any) -> None:
+    """Keep a process that is alone to its first GPU: Transformers would copy the model to all that it sees (torch's
+    DataParallel), which TRL refuses."""
+    if config.distributed.method == "single" and arguments.n_gpu > 1:
+        arguments._n_gpu = 1
 
-    Transformers would copy the model to all of them (torch's DataParallel), which TRL refuses.
-    """
+
+def _devices(config: Config) -> str:
     import torch
 
     visible = torch.cuda.device_count()
-    if visible < 2:
-        return ""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    os.environ["CUDA_VISIBLE_DEVICES"] = first
-    return f"{visible} GPUs are visible, this run uses one, number {first} (distributed=ddp uses all)"
+    return f"; {visible} GPUs are visible, this run uses the first (distributed=ddp uses all)" if visible > 1 else ""
 
 
 # ------------------------------------------------------------------------------------------------ SFTConfig's part
@@ -138,6 +144,8 @@ def _fsdp(config: Config) -> dict[str, Any]:
 
 
 def _deepspeed(config: Config) -> dict[str, Any]:
+    from accelerate.utils import merge_dicts
+
     d, t = config.distributed, config.trainer
     zero: dict[str, Any] = {"stage": int(d.method[-1])}
     if d.offload_optimizer:
@@ -155,7 +163,8 @@ def _deepspeed(config: Config) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    return settings | d.deepspeed
+    found: dict[str, Any] = merge_dicts(d.deepspeed, settings)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- the proof
@@ -169,7 +178,7 @@ def prove(config: Config, trainer: Any) -> str:
     """
     d = config.distributed
     if d.method == "single":
-        return "distributed: single process"
+        return f"distributed: single process{_devices(config)}"
     told = _PROOFS[d.method.rstrip("123") if d.method.startswith("deepspeed") else d.method](config, trainer)
     counts = ranks.gathered(told)
     if ranks.size() != d.num_processes or len(set(counts)) != 1:
@@ -213,7 +222,7 @@ def _prove_deepspeed(config: Config, trainer: Any) -> str:
     if stage < 3:
         return f"DeepSpeed ZeRO stage {stage}"
     parameters = list(engine.module.parameters())
-    parted = [p for p in parameters if p.ds_tensor.numel() < p.ds_numel]
+    parted = [p for p in parameters if p.ds_tensor.numel() < p.ds_numel or ranks.size() == 1]  # alone it has all parts
     if not parted:
         raise _otherwise(config, "no parameter is partitioned")
     return f"DeepSpeed ZeRO stage 3, {len(parted)} of {len(parameters)} parameters partitioned"

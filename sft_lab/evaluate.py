@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,7 +59,10 @@ def generate(
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
     settings = _greedy(tokenizer, turn_end_id, max_new_tokens)
-    with torch.no_grad():  # not inference_mode: what FSDP gathers in it could not be trained with afterwards
+    with (
+        torch.no_grad(),
+        _gathered(model),
+    ):  # not inference_mode: what FSDP gathers in it could not be trained with afterwards
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
@@ -67,6 +71,15 @@ def generate(
                 answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
     model.train(was_training)
     return answers
+
+
+def _gathered(model: Any) -> contextlib.AbstractContextManager[None]:
+    """FSDP1 puts weights together in its own forward alone, and `generate` is not that."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(model, FullyShardedDataParallel):
+        return FullyShardedDataParallel.summon_full_params(model, writeback=False)
+    return contextlib.nullcontext()
 
 
 def _greedy(tokenizer: Any, turn_end_id: int, max_new_tokens: int) -> Any:

@@ -13,6 +13,7 @@ from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 
 _NO_SPACE = ("No space left on device", "os error 28", "inline_container", "Disk quota exceeded")
+_ROOM_BYTES = 1 << 30  # so much free is no full disk
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
 
 
@@ -37,19 +38,21 @@ def _told(error: Exception, config: Config, run: RunDirectory) -> RunError | Non
     """By its words too: safetensors and torch raise errors of their own for what the disk or the memory lacks."""
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in _NO_SPACE):
-        return _no_space(config, run)
+        return _no_space(config, run, text)
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         return _out_of_memory(config, text)
     return None
 
 
-def _no_space(config: Config, run: RunDirectory) -> RunError:
+def _no_space(config: Config, run: RunDirectory, text: str) -> RunError:
     run.spend_reserve()
     checkpoints.drop_torn(run)
     kept, _ = checkpoints.newest(run)
     goes_on = f"{kept.name} is whole, and `resume` goes on from it" if kept else "no checkpoint was saved yet"
     place = run.checkpoints if run.checkpoints.is_dir() else run.path
     free = shutil.disk_usage(place).free
+    if free > _ROOM_BYTES:  # another one: /dev/shm, /tmp, a cache; or this one has no more room for names of files
+        return RunError(f"no space is left on a device ({text.splitlines()[0]}), {place} has {free} bytes; {goes_on}")
     return RunError(
         f"the disk of {place} is full ({free} bytes are free without what could not be saved): make room, or lower "
         f"trainer.save_total_limit={config.trainer.save_total_limit}; {goes_on}"

@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from sft_lab import agent, distributed, drift, outside, preflight, provenance, train, worker
+from sft_lab import agent, drift, outside, preflight, provenance, train, worker
 from sft_lab import config as configs
+from sft_lab import model as models
 from sft_lab.callbacks import Stop
 from sft_lab.console import say
 from sft_lab.data.prepare import prepare
@@ -47,7 +48,7 @@ def start(
     with stop.listening(), run_log() as messages:
         try:
             run.require_free()
-            outside.require_room(config.distributed.method, config.distributed.num_processes)
+            _require_room(config)
             data, report = checked or _checked(config, run)
         except (ConfigError, PreflightError, Interrupted):
             raise
@@ -82,18 +83,23 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
     with stop.listening(), run_log() as messages:
         config = configs.load(run.config)
         try:
-            outside.require_room(config.distributed.method, config.distributed.num_processes)
+            _require_room(config)
             drift.require_none(run, config, allowed)
+            run.keep_reserve()
         except SftLabError:
             run.unlock()
             raise
-        run.keep_reserve()
         run.set_status("running", ended_at=None, pruned_at_step=None)
         with _recorded(run, messages):
             if not run.data.is_dir():  # it ended before its data was written
                 data, report = _checked(config, run)
                 _write_prepared(config, run, data, report)
             _train(run, stop, callbacks)
+
+
+def _require_room(config: Config) -> None:
+    d = config.distributed
+    outside.require_room(d.method, d.num_processes, d.max_restarts)
 
 
 def _checked(config: Config, run: RunDirectory) -> tuple[Prepared, Report]:
@@ -139,10 +145,10 @@ def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
     run.clear_verdict()
     meeting = outside.meeting()
     if config.distributed.method == "single":
-        if told := distributed.use_one_gpu():
-            say(told)
         train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
-    elif meeting is None:
+        return
+    models.fetch(config.model)  # once, and before there are ranks
+    if meeting is None:
         agent.run(config, run)  # the ranks find the callbacks themselves
     else:
         each = config.distributed.num_processes // meeting.group.count

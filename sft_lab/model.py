@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sft_lab import attention, distributed, embedded, quant, shared
@@ -121,6 +122,29 @@ def load_config(model: ModelConfig) -> Any:
     path = embedded.resolve(model.path)
     with told(model):
         return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def fetch(model: ModelConfig) -> None:
+    """Have the weights on this machine, where ranks find them; nothing for a directory or an embedded model.
+
+    Raises:
+        RunError: they cannot be had from the hub.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(embedded.resolve(model.path)).is_dir():
+        return
+    ask = functools.partial(snapshot_download, model.path, revision=model.revision)
+    with told(model):
+        try:
+            kinds = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
+            others = ["original/*", "consolidated*"]  # the same weights, for other programs
+            folder = Path(ask(allow_patterns=kinds, ignore_patterns=others))
+            if not any(folder.glob("*.safetensors")):  # an old one
+                ask(allow_patterns=["*.bin"])
+        except HfHubHTTPError as error:
+            raise OSError(str(error)) from error
 
 
 def load_model(config: Config) -> Any:

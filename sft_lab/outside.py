@@ -20,6 +20,7 @@ from typing import Any
 from sft_lab.errors import ConfigError, RunError
 
 _FAREWELL_S = 10
+_CONNECT = timedelta(minutes=10)
 _PATIENCE = timedelta(days=7)  # preparing data has no timeout; the death of the leader ends the waiting too
 
 
@@ -36,31 +37,45 @@ class Group:
     nodes: int = 1
     attempt: int = 0  # how often whoever started them has started them again
     hosted: bool = False  # whether the starter holds the store already
+    name: str = ""  # of what started them, where several may meet at one address
 
     @property
     def leads(self) -> bool:
         return self.index == 0
 
     def store(self) -> Any:
-        """The `TCPStore` that all of them share, held by the first one unless the starter does."""
-        from torch.distributed import PrefixStore, TCPStore
+        """The `TCPStore` that all of them share, held by the first one unless the starter does.
 
-        store = TCPStore(
-            self.address,
-            self.port,
-            is_master=self.leads and not self.hosted,
-            timeout=_PATIENCE,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        return PrefixStore("sft_lab", store)
+        Raises:
+            RunError: nobody holds it there.
+        """
+        from torch.distributed import DistError, PrefixStore, TCPStore
+
+        try:
+            store = TCPStore(
+                self.address,
+                self.port,
+                is_master=self.leads and not self.hosted,
+                timeout=_CONNECT,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except DistError as error:
+            said = str(error).splitlines()[0]
+            raise RunError(f"no meeting of processes at {self.address}, port {self.port} ({said})") from error
+        store.set_timeout(_PATIENCE)
+        return PrefixStore(f"sft_lab/{self.name}", store)
 
     def as_rank(self) -> dict[str, str]:
-        """The environment of a rank, as torch.distributed reads it."""
+        """The environment of a rank, as torch.distributed reads it; what it needs of the hub was fetched before."""
+        import torch
+
+        gpus = torch.cuda.device_count()  # one alone, where Slurm binds each task to its own
         return {
+            "HF_HUB_OFFLINE": "1",
             "RANK": str(self.index),
             "WORLD_SIZE": str(self.count),
-            "LOCAL_RANK": str(self.local_index),
+            "LOCAL_RANK": str(self.local_index % gpus if gpus else self.local_index),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
         }
@@ -87,8 +102,9 @@ def group() -> Group | None:
             int(env["SLURM_LOCALID"]),
             "Slurm",
             env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
-            int(env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 10000),
+            int(env.get("MASTER_PORT") or 20000 + 2 * (int(env["SLURM_JOB_ID"]) % 5000)),  # a node's ranks: the next
             nodes=int(env["SLURM_STEP_NUM_NODES"]),
+            name=f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}",
         )
     return None
 
@@ -190,7 +206,7 @@ def meeting() -> Meeting | None:
     return Meeting(found) if found else None
 
 
-def require_room(method: str, num_processes: int) -> None:
+def require_room(method: str, num_processes: int, max_restarts: int) -> None:
     """
     Raises:
         ConfigError: the processes that were started cannot be the ranks that the config asks for.
@@ -208,6 +224,11 @@ def require_room(method: str, num_processes: int) -> None:
         raise ConfigError(
             f"distributed.num_processes={num_processes} : {found.by} started {found.count} "
             f"(allowed: {found.count}{more})"
+        )
+    if max_restarts and num_processes == found.count:
+        raise ConfigError(
+            f"distributed.max_restarts={max_restarts} : {found.by} started the ranks, and alone can start them again "
+            "(allowed: 0, and torchrun --max_restarts)"
         )
 
 

@@ -80,6 +80,19 @@ def link_directory(source: Path, target: Path) -> None:
             shutil.copy2(file, target / file.name)
 
 
+_HELD: set[IO[str]] = set()  # the locks of this process
+
+
+def _let_go() -> None:
+    """A loader's worker lives on for seconds after a killed run, and must not hold its lock."""
+    for file in _HELD:
+        file.close()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 class RunDirectory:
     """Paths and states of one run. Nothing is created before `claim`."""
 
@@ -129,6 +142,7 @@ class RunDirectory:
             file.close()
             raise InUse(f"{self.path}: this run is in use by another process") from None
         self._lock = file
+        _HELD.add(file)
 
     @property
     def in_use(self) -> bool:
@@ -144,14 +158,24 @@ class RunDirectory:
 
     def unlock(self) -> None:
         if self._lock is not None:
+            _HELD.discard(self._lock)
             self._lock.close()
             self._lock = None
 
     def keep_reserve(self) -> None:
-        """Hold some of the disk back, so that when it is full the run can still say so."""
+        """Hold some of the disk back, so that when it is full the run can still say so.
+
+        Raises:
+            RunError: it is full already.
+        """
         reserve = self.path / ".reserve"
-        if not reserve.exists():
+        if reserve.exists() and reserve.stat().st_size == _RESERVE_BYTES:
+            return
+        try:
             reserve.write_bytes(os.urandom(_RESERVE_BYTES))  # numbers that no file system makes smaller
+        except OSError as error:
+            self.spend_reserve()
+            raise RunError(f"{self.path}: nothing can be written here ({error.strerror}): make room") from error
 
     def spend_reserve(self) -> None:
         (self.path / ".reserve").unlink(missing_ok=True)

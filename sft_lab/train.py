@@ -60,7 +60,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
             console.say(distributed.prove(config, trainer))
             trainers.prove_isolation(config, trainer)
             if checkpoint is None:
-                _try_to_save(config, run, trainer)
+                _try_to_save(config, run, trainer, trained)
             before.update(held_out.before(config, run, data, trainer.model, metrics))
             set_seed(config.seed + ranks.index())  # from here on dropout draws, in each rank its own
             if trainer.state.global_step >= trainer.state.max_steps:
@@ -68,6 +68,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
 
         watching = [Opening(open_training), metrics, saving, stop, *callbacks, *tracker.callbacks]
         trainer = trainers.build(config, run, data, watching)
+        trained = adapter.trained(trainer.model)
         metrics.counter = TokenCounter(trainer.model, data.tokenizer.pad_token_id, metrics.past_tokens)
         try:
             _train_on(trainer, checkpoint)
@@ -75,7 +76,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
             progress.stop()
         for callback in (stop, *callbacks):
             callback.raise_if_stopped()
-        _save_adapter(run, trainer)
+        _save_adapter(run, trainer, trained)
         after = held_out.after(config, run, data, trainer, tracker)
         result = outcome.record(config, run, trainer, metrics, before | after)
         if ranks.leads():
@@ -131,7 +132,7 @@ def _train_on(trainer: Any, checkpoint: Path | None) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _try_to_save(config: Config, run: RunDirectory, trainer: Any) -> None:
+def _try_to_save(config: Config, run: RunDirectory, trainer: Any, trained: dict[str, tuple[int, ...]]) -> None:
     """Save and take away a checkpoint before the first step, so that a run which could not save never begins.
 
     Raises:
@@ -145,9 +146,8 @@ def _try_to_save(config: Config, run: RunDirectory, trainer: Any) -> None:
     if config.distributed.state_dict_type == "SHARDED_STATE_DICT":
         adapter.save(trainer, folder)
     ranks.wait()
-    adapter.require_whole(trainer, folder)
-    ranks.wait()
     if ranks.leads():
+        adapter.require_whole(trained, folder)
         shutil.rmtree(folder)
 
 
@@ -190,7 +190,7 @@ def _show_data(config: Config, run: RunDirectory, data: Prepared, tracker: track
     tracker.use_data(references.name_of(fingerprint), uris, references.described(config.data, fingerprint, read))
 
 
-def _save_adapter(run: RunDirectory, trainer: Any) -> None:
+def _save_adapter(run: RunDirectory, trainer: Any, trained: dict[str, tuple[int, ...]]) -> None:
     """adapter/ with weights, configuration, tokenizer and chat template; or an error and no adapter/ at all.
 
     Raises:
@@ -203,5 +203,5 @@ def _save_adapter(run: RunDirectory, trainer: Any) -> None:
         if ranks.leads():
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what config.yaml says
             adapter.require_finite(folder)
-        adapter.require_whole(trainer, folder)
+            adapter.require_whole(trained, folder)
     ranks.wait()

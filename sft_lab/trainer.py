@@ -154,6 +154,7 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
 
     data.tokenizer.padding_side = "right"
     arguments = build_arguments(config, run)  # before the model: ZeRO-3 shards it as it is read
+    distributed.use_one_gpu(config, arguments)
     set_seed(config.seed)  # for weights that the model's files lack
     model = models.load_model(config)
     set_seed(config.seed)  # for new tokens' embeddings and the adapter, whether or not loading drew anything

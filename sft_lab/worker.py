@@ -14,7 +14,7 @@ from sft_lab import agent, console, outside, ranks, train
 from sft_lab import config as configs
 from sft_lab.callbacks import Stop
 from sft_lab.data.prepared import Prepared
-from sft_lab.errors import SftLabError
+from sft_lab.errors import Interrupted, Pruned, SftLabError
 from sft_lab.logs import run_log
 from sft_lab.outside import Meeting
 from sft_lab.runs import RunDirectory
@@ -55,10 +55,17 @@ def _work(run: RunDirectory) -> int:
         messages.open(run.log, rank=int(os.environ["RANK"]))
         try:
             take_part(run, stop, outside.meeting())
+        except Interrupted as error:
+            log.info("rank %s: %s", os.environ["RANK"], error, exc_info=True)
+            # Who starts ranks has written down what they were to hear; and ends them by SIGTERM for another's death.
+            return 0 if run.verdict.exists() else 1
+        except Pruned as error:
+            run.write_verdict(error)
+            return 0
         except SftLabError as error:
             run.write_verdict(error)
             log.info("rank %s: %s", os.environ["RANK"], error, exc_info=True)
-            return 1 if error.exit_code == 1 else 0
+            return 1
         except Exception:
             log.info("rank %s failed", os.environ["RANK"], exc_info=True)
             raise
@@ -96,6 +103,7 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
     try:
         take_part(run, stop, meeting)
     except SftLabError as error:
+        run.raise_verdict()
         run.write_verdict(error)
         raise
     except Exception:
@@ -117,7 +125,8 @@ def follow() -> int:
             join(meeting, run, word["each"], stop)
         except SftLabError as error:
             log.info("process %d: %s", meeting.group.index, error, exc_info=True)
-            return error.exit_code
+            # Slurm may end all tasks when one has failed, and the first has still to put the job into the queue again.
+            return 0 if isinstance(error, Interrupted) and error.warned else error.exit_code
         except Exception:
             log.info("process %d failed", meeting.group.index, exc_info=True)
             return 1

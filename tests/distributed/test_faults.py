@@ -77,6 +77,25 @@ def test_a_killed_rank_without_restarts_is_told_and_resumed(tmp_path: Path, undi
     assert adapter(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_killed_before_the_first_step_is_told_too(restarts: int, tmp_path: Path, undisturbed: bytes) -> None:
+    """While all load the model, as when the memory is not enough for it; the others are ended, which is no signal of the
+    user's."""
+    process = start([*TWO, f"distributed.max_restarts={restarts}"], tmp_path, environment())
+    assert process.stdout is not None
+    next(line for line in process.stdout if "precision" in line)
+    ranks_of(process)[1].kill()
+    _, errors = process.communicate()
+    status = read(tmp_path / "run" / "status.json")
+    if restarts:
+        assert process.returncode == 0, errors
+        assert adapter(tmp_path / "run") == undisturbed
+    else:
+        assert process.returncode == 1, errors
+        assert errors.splitlines()[-1] == "sft_lab: rank 1 was killed by SIGKILL"
+        assert (status["state"], status["error"]) == ("failed", "rank 1 was killed by SIGKILL")
+
+
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )

@@ -65,6 +65,15 @@ def test_what_does_not_fit_is_said_once(words: list[str], said: str, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", [["plan", "--help"], ["resume"]], ids=" ".join)
+def test_what_leaves_early_takes_the_others_along(words: list[str], tmp_path: Path) -> None:
+    """What argparse answers by itself."""
+    done = torchrun(tmp_path, *words)
+    assert "usage: sft_lab" in done.stdout + done.stderr
+    assert done.returncode == (0 if "--help" in words else 1)
+
+
+@pytest.mark.slow
 def test_a_rank_that_torchrun_starts_again_goes_on_with_the_run(tmp_path: Path) -> None:
     """The directory's name has the time in it: the second attempt must find the first one's."""
     words = [*TWENTY, "distributed=ddp", "trainer.max_steps=60", "trainer.save_steps=5", "trainer.logging_steps=1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
-from tests.distributed.starting import TOLERANCE, TWENTY, apart, environment
+from tests.distributed.starting import TOLERANCE, TWENTY, adapter, apart, environment
+from tests.test_resume import kill, start, wait_for_step
 from tests.test_run import check, lines, read
 
 pytestmark = pytest.mark.e2e
@@ -69,6 +71,23 @@ def test_the_adapter_is_that_of_one_process(name: str, tmp_path: Path, cli: Cli,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2 sharded", "zero3"])
+def test_a_sharded_run_that_was_killed_goes_on_to_the_same_bytes(name: str, tmp_path: Path, cli: Cli) -> None:
+    words, ranks, _ = METHODS[name]
+    if name.startswith("zero") and not DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    env = environment(*[shim for method, shim in SHIMS.items() if name.startswith(method)])
+    run = [*TWENTY, *words, f"distributed.num_processes={ranks}", "trainer.save_steps=5", "trainer.logging_steps=1"]
+    check(cli(*run, "hydra.run.dir=whole", env=env))
+    process = start([*run, "hydra.run.dir=run"], tmp_path, env)
+    wait_for_step(process, 12)
+    kill(process, signal.SIGKILL)
+    resumed = check(cli("resume", "run", env=env))
+    assert "going on from step 10" in resumed.stdout
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_an_epoch_of_several_ranks_is_that_of_one(tmp_path: Path, cli: Cli) -> None:
     """Rows that fill neither the last batch nor every rank: none is trained twice, none left out."""
     words = [*TWENTY, "trainer.max_steps=-1", "trainer.num_train_epochs=2", "data.train_rows=21"]
@@ -100,11 +119,12 @@ def test_what_does_something_else_than_it_says_does_not_train(tmp_path: Path, cl
     ("words", "said"),
     [
         (["distributed=ddp"], "distributed.num_processes=0 : is one a GPU, and there is none"),
+        (["distributed=fsdp2", "distributed.num_processes=4", "distributed.shard_size=1"], "(allowed: 2, 4, or 0 for all"),
         (["distributed=ddp", "distributed.num_processes=3"], "trainer.global_batch_size=8 : not a multiple"),
         (["distributed=fsdp1", "distributed.num_processes=2"], "distributed=fsdp1 : does not run on a CPU"),
         (["distributed.num_processes=2"], "or distributed=ddp distributed.num_processes=2"),
         (["distributed=ddp", "distributed.num_processes=2", "distributed.shard_size=2"], "has no effect with distributed=ddp"),
-        (["distributed=fsdp2", "distributed.num_processes=4", "distributed.shard_size=3"], "(allowed: 1, 2, 4)"),
+        (["distributed=fsdp2", "distributed.num_processes=4", "distributed.shard_size=3"], "(allowed: 2, 4, or 0 for all of them)"),
         (["distributed=fsdp2", "distributed.num_processes=4", "distributed.context_parallel_size=2"], "runs on GPUs alone"),
         (
             ["distributed=ddp", "distributed.num_processes=2", "data.streaming=true", "data=from_file", "data.path=x.jsonl"],
