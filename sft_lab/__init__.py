@@ -4,9 +4,6 @@ import logging
 
 __version__ = "0.1.0"
 
-logging.getLogger(
-    "DeepSpeed"
-).addFilter(  # at import it tells on standard output, where answers are read, of the device
-    lambda record: "accelerator" not in record.getMessage()
-)
+# At import DeepSpeed tells of the device on standard output, where answers are read.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator" not in record.getMessage())
 logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())  # at import it tells anyone what a CPU lacks

@@ -8,8 +8,10 @@ collective's timeout counts the time that the data takes.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import time
@@ -156,12 +158,34 @@ class Meeting:
         self.store = group.store()
         self._word = f"word/{group.attempt}"
 
-    @property
-    def ranks(self) -> Any:
-        """The store in which ranks look for each other's addresses: those of an earlier attempt are dead."""
+    def ranks(self, timeout_min: int) -> Any:
+        """The store in which ranks look for each other's addresses, under a name that those alive now have agreed on.
+
+        Ranks that died have left their addresses behind, and restarts are counted by each machine for itself. So every
+        rank brings a word, the first proposes a name made of all words, and it counts once all others have taken it up.
+
+        Raises:
+            RunError: some have not come in time.
+        """
         from torch.distributed import PrefixStore
 
-        return PrefixStore(f"ranks/{self.group.attempt}", self.store)
+        index, count, mine, taken_up = self.group.index, self.group.count, secrets.token_hex(8), ""
+        places = [f"here/{i}" for i in range(count)]
+        self.store.set(places[index], mine)
+        until = time.monotonic() + 60 * timeout_min
+        while time.monotonic() < until:
+            if self.group.leads and self.store.check(places):
+                self.store.set("proposed", b" ".join(self.store.multi_get(places)))
+            words = self.store.get("proposed").decode().split() if self.store.check(["proposed"]) else []
+            if len(words) == count and words[index] == mine:
+                name = hashlib.sha256(" ".join(words).encode()).hexdigest()
+                if name != taken_up:
+                    self.store.add(f"taken_up/{name}", 1)
+                    taken_up = name
+                if self.store.add(f"taken_up/{name}", 0) == count:
+                    return PrefixStore(f"ranks/{name}", self.store)
+            time.sleep(0.05)
+        raise RunError(f"not all of {count} ranks have come within distributed.timeout_min={timeout_min} minutes")
 
     def tell(self, **word: Any) -> None:
         """What the others are to do: run=DIR and each=RANKS that each starts (1: it is one), or leave=EXIT CODE."""

@@ -81,7 +81,8 @@ def take_part(run: RunDirectory, stop: Stop, meeting: Meeting | None) -> None:
     from sft_lab.sweep.trial import callbacks_of
 
     config = configs.load(run.config)
-    ranks.begin(config.distributed.num_processes, config.distributed.timeout_min, meeting and meeting.ranks)
+    d = config.distributed
+    ranks.begin(d.num_processes, d.timeout_min, meeting.ranks(d.timeout_min) if meeting else None)
     if not ranks.leads():
         console.console.quiet = True
     train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks_of(run))

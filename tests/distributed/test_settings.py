@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from sft_lab import config as configs
 from sft_lab import distributed, outside
-from sft_lab.errors import ConfigError
+from sft_lab.errors import ConfigError, RunError
+from sft_lab.outside import Meeting
 
 ZERO = ["model=tiny_llama", "distributed=deepspeed_zero2", "distributed.num_processes=2"]
 
@@ -44,3 +48,26 @@ def test_jobs_that_follow_each_other_meet_at_ports_of_their_own(monkeypatch: pyt
         assert group is not None
         assert not taken & {group.port, group.port + 1}
         taken |= {group.port, group.port + 1}
+
+
+def test_ranks_meet_whatever_their_machines_count_of_restarts() -> None:
+    """A rank that came and died is replaced: those who live agree on a store that it has no part in."""
+    from torch.distributed import HashStore
+
+    store = HashStore()
+
+    def meet(index: int, attempt: int) -> Meeting:
+        met = Meeting.__new__(Meeting)  # without a store of its own
+        met.group, met.store = outside.Group(index, 3, index, "torchrun", "", 0, attempt=attempt), store
+        return met
+
+    with pytest.raises(RunError, match="not all of 3 ranks have come"):
+        meet(2, 0).ranks(0)  # it has left its word
+    with ThreadPoolExecutor(3) as pool:
+        early = [pool.submit(meet(index, 0).ranks, 1) for index in (0, 1)]
+        time.sleep(0.3)
+        assert not any(one.done() for one in early)
+        late = pool.submit(meet(2, 1).ranks, 1)
+        stores = [found.result(timeout=30) for found in (*early, late)]
+    stores[0].set("address", "here")
+    assert [one.get("address") for one in stores] == [b"here"] * 3
