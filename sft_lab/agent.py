@@ -40,7 +40,8 @@ def run(config: Config, run: RunDirectory, node: int = 0, nodes: int = 1, addres
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     died = ""
-    with _passing_signals_on(run), _quietly(), _offline():
+    offline = _environment("HF_HUB_OFFLINE", "1")  # what ranks read of the hub was fetched before
+    with _passing_signals_on(run), _quietly(), offline:
         try:
             multi_gpu_launcher(_arguments(config, run, node, nodes, address, port))
         except ChildFailedError as error:
@@ -91,29 +92,27 @@ def _how(error: Any) -> str:
 def _quietly() -> Iterator[None]:
     """What torch's agent knows of its ranks, we tell; and ranks that another one's death leaves waiting end soon."""
     logger = logging.getLogger("torch.distributed.elastic")
-    level, patience = logger.level, os.environ.get(_PATIENCE)
+    level = logger.level
     logger.setLevel(logging.CRITICAL)
-    os.environ[_PATIENCE] = patience or "10"
     try:
-        yield
+        with _environment(_PATIENCE, os.environ.get(_PATIENCE) or "10"):
+            yield
     finally:
         logger.setLevel(level)
-        if patience is None:
-            del os.environ[_PATIENCE]
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """What ranks read of the hub was fetched before they are started, in the revision that was found then."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def _environment(name: str, value: str) -> Iterator[None]:
+    """What the ranks inherit, and this process has for so long."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
+            del os.environ[name]
         else:
-            os.environ["HF_HUB_OFFLINE"] = before
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -87,10 +87,7 @@ class Metrics(TrainerCallback):
         # In fp16 the loss scaler finds its scale by overflowing: such a step has no finite gradient and is skipped.
         for key in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(event.get(key, 0.0)):
-                raise RunError(
-                    f"{key} is {event[key]} at step {state.global_step}: training has diverged "
-                    f"(trainer.learning_rate={args.learning_rate:g} may be too high)"
-                )
+                raise _diverged(f"{key} is {event[key]}", args, state)
         self.record(event)
         self.progress.report(event)
 
@@ -109,6 +106,13 @@ class Metrics(TrainerCallback):
 
 _TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "entropy", "mean_token_accuracy")
 _EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_runtime")
+
+
+def _diverged(what: str, args: Any, state: Any) -> RunError:
+    return RunError(
+        f"{what} at step {state.global_step}: training has diverged "
+        f"(trainer.learning_rate={args.learning_rate:g} may be too high)"
+    )
 
 
 class Opening(TrainerCallback):
@@ -145,10 +149,7 @@ class Saving(TrainerCallback):
         """
         (broken,) = ranks.agreed(not adapter.is_finite(model))
         if broken:
-            raise RunError(
-                f"weights are not finite at step {state.global_step}: training has diverged "
-                f"(trainer.learning_rate={args.learning_rate:g} may be too high)"
-            )
+            raise _diverged("weights are not finite", args, state)
         self._saved_at = time.monotonic()
         if ranks.leads():
             checkpoints.seal(checkpoints.at(self.run, state.global_step))

@@ -21,12 +21,12 @@ from sft_lab.library import EXTRA_OF, OPTIMIZERS, SCHEDULERS, enum_values, field
 from sft_lab.schema import Config, TrainerConfig
 
 _MODELS = ("a directory with config.json", "a hub id such as ORG/NAME", "embedded:NAME")
-OPEN = (
+OPEN = (  # mappings of free names
     *(f"{group}.extra" for group in EXTRA_OF),
     "data.columns",
     "data.sources",
     "distributed.deepspeed",
-)  # mappings of free names
+)
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 

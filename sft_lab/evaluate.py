@@ -59,10 +59,8 @@ def generate(
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
     settings = _greedy(tokenizer, turn_end_id, max_new_tokens)
-    with (
-        torch.no_grad(),
-        _gathered(model),
-    ):  # not inference_mode: what FSDP gathers in it could not be trained with afterwards
+    # Not inference_mode: what FSDP gathers in it could not be trained with afterwards.
+    with torch.no_grad(), _gathered(model):
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)

@@ -48,7 +48,7 @@ def start(
     with stop.listening(), run_log() as messages:
         try:
             run.require_free()
-            _require_room(config)
+            outside.require_room(config.distributed)
             data, report = checked or _checked(config, run)
         except (ConfigError, PreflightError, Interrupted):
             raise
@@ -83,7 +83,7 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
     with stop.listening(), run_log() as messages:
         config = configs.load(run.config)
         try:
-            _require_room(config)
+            outside.require_room(config.distributed)
             drift.require_none(run, config, allowed)
             run.keep_reserve()
         except SftLabError:
@@ -95,11 +95,6 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
                 data, report = _checked(config, run)
                 _write_prepared(config, run, data, report)
             _train(run, stop, callbacks)
-
-
-def _require_room(config: Config) -> None:
-    d = config.distributed
-    outside.require_room(d.method, d.num_processes, d.max_restarts)
 
 
 def _checked(config: Config, run: RunDirectory) -> tuple[Prepared, Report]:

@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import Any
 
 from sft_lab.errors import ConfigError, RunError
+from sft_lab.schema import DistributedConfig
 
 _FAREWELL_S = 10
 _CONNECT = timedelta(minutes=10)
@@ -230,7 +231,7 @@ def meeting() -> Meeting | None:
     return Meeting(found) if found else None
 
 
-def require_room(method: str, num_processes: int, max_restarts: int) -> None:
+def require_room(d: DistributedConfig) -> None:
     """
     Raises:
         ConfigError: the processes that were started cannot be the ranks that the config asks for.
@@ -238,20 +239,20 @@ def require_room(method: str, num_processes: int, max_restarts: int) -> None:
     found = group()
     if found is None:
         return
-    if method == "single":
+    if d.method == "single":
         raise ConfigError(
             f"distributed=single : {found.by} started this command {found.count} times (allowed: distributed=ddp or "
             "another method of several, or to start it once)"
         )
-    if num_processes != found.count and (num_processes % found.count or found.nodes != found.count):
+    if d.num_processes != found.count and (d.num_processes % found.count or found.nodes != found.count):
         more = ", or a multiple: each task then starts its node's ranks" if found.nodes == found.count else ""
         raise ConfigError(
-            f"distributed.num_processes={num_processes} : {found.by} started {found.count} "
+            f"distributed.num_processes={d.num_processes} : {found.by} started {found.count} "
             f"(allowed: {found.count}{more})"
         )
-    if max_restarts and num_processes == found.count:
+    if d.max_restarts and d.num_processes == found.count:
         raise ConfigError(
-            f"distributed.max_restarts={max_restarts} : {found.by} started the ranks, and alone can start them again "
+            f"distributed.max_restarts={d.max_restarts} : {found.by} started the ranks, and alone can start them again "
             "(allowed: 0, and torchrun --max_restarts)"
         )
 

@@ -103,12 +103,10 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
     os.environ.update(group.as_rank())
     try:
         take_part(run, stop, meeting)
-    except SftLabError as error:
-        run.raise_verdict()
-        run.write_verdict(error)
-        raise
-    except Exception:
+    except Exception as error:
         run.raise_verdict()  # another rank's end has ended this one
+        if isinstance(error, SftLabError):
+            run.write_verdict(error)
         raise
 
 

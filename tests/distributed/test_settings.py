@@ -11,6 +11,7 @@ from sft_lab import config as configs
 from sft_lab import distributed, outside
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.outside import Meeting
+from sft_lab.schema import DistributedConfig
 
 ZERO = ["model=tiny_llama", "distributed=deepspeed_zero2", "distributed.num_processes=2"]
 
@@ -30,7 +31,7 @@ def test_ranks_that_others_started_are_not_ours_to_start_again(monkeypatch: pyte
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"max_restarts=3 : torchrun started the ranks"):
-        outside.require_room("ddp", 2, 3)
+        outside.require_room(DistributedConfig(method="ddp", num_processes=2, max_restarts=3))
 
 
 def test_jobs_that_follow_each_other_meet_at_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
