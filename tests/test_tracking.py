@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-
 import wandb
+
 from sft_lab import wandb_file
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.runs import RunDirectory

@@ -10,8 +10,8 @@ from typing import Any
 
 import psutil
 import pytest
-
 import wandb
+
 from sft_lab.data import references
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import DataConfig, SourceConfig, TrackingConfig
