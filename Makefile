@@ -20,7 +20,7 @@ demo: $(VENV)/.stamp ## a short fine-tuning on this machine, start to end
 test: $(VENV)/.stamp ## the tests, without the slow ones
 	$(PYTEST) $(ARGS)
 
-check: $(VENV)/.stamp ## lint, format, types and the tests that train nothing through the command line
+check: $(VENV)/.stamp ## lint, format, types and the quick tests (none that trains through the command line)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -44,6 +45,7 @@ _NOT_TRAINED = ("preflight", "sweep", "tracking")  # sections that change nothin
 # --------------------------------------------------------------------------------------------- what Hydra is told
 
 
+@functools.cache
 def register() -> None:
     """Tell Hydra the schema and the resolvers of conf/; may be called again."""
     schema = OmegaConf.structured(Config)
@@ -231,12 +233,18 @@ def _missing_message(key: str) -> str:
     return f"{key}=??? : a value must be given (allowed is {checks.expected(key)})"
 
 
+@functools.cache
+def _schema() -> DictConfig:
+    """The schema to be merged into, which copies it: making it takes as long as the merge."""
+    return OmegaConf.structured(Config)
+
+
 def to_dataclasses(cfg: DictConfig) -> Config:
     parts = {str(key): cfg[key] for key in cfg if key != "hydra"}  # Hydra's own part is not resolved: it takes 0.1 s
     plain: dict[str, Any] = _literal(
         {key: OmegaConf.to_container(p, resolve=True) if OmegaConf.is_config(p) else p for key, p in parts.items()}
     )
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    config = OmegaConf.to_object(OmegaConf.merge(_schema(), plain))
     assert isinstance(config, Config)
     return config
 
@@ -296,7 +304,7 @@ def with_other_data(config: Config, overrides: Sequence[str]) -> Config:
 
 def _changed(config: Config, overrides: Sequence[str]) -> Config:
     """The config with values set as typed; raises ConfigError as `compose` does."""
-    cfg = OmegaConf.merge(OmegaConf.structured(Config), _literal(to_dict(config)))
+    cfg = OmegaConf.merge(_schema(), _literal(to_dict(config)))
     assert isinstance(cfg, DictConfig)
     values: list[tuple[str, Override]] = []
     with hydra_for() as hydra:

@@ -189,12 +189,12 @@ def test_hydras_own_flags_are_refused_under_our_name(cli: Cli) -> None:
 
 @pytest.mark.parametrize("where", [[], ["hydra.run.dir=out/run"]], ids=" ".join)
 def test_bad_rows_are_told_with_file_and_row_and_leave_nothing_behind(
-    cli: Cli, tmp_path: Path, where: list[str]
+    main: Cli, tmp_path: Path, where: list[str]
 ) -> None:
     """Found after Hydra has made the run's directory, which must go again."""
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n{"prompt": "a", "completion": 3}\n')
-    told = refused(cli(*where, *TINY, "data=from_file", "data.path=rows.jsonl"))
+    told = refused(main(*where, *TINY, "data=from_file", "data.path=rows.jsonl"))
     assert "rows.jsonl: row 2: columns prompt fit no format" in told
     assert "rows.jsonl: row 3: prompt is text and completion is int (allowed: " in told
     assert "data.on_bad_row=skip" in told

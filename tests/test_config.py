@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ def build(*overrides: str, conf_dir: Path = CONF_DIR) -> Config:
     return configs.to_config(configs.compose(overrides, conf_dir))
 
 
+@functools.cache
+def of_option(option: str) -> Config:
+    """With one option, and what it asks for."""
+    return build(option, *MISSING.get(option, []))
+
+
 def problems(*words: str) -> list[str]:
     """What the command line `words` is refused for."""
     with pytest.raises(ConfigError) as refused:
@@ -71,7 +78,7 @@ def test_groups_have_the_expected_number_of_options() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_converts(option: str) -> None:
-    config = build(option, *MISSING.get(option, []))
+    config = of_option(option)
     assert OmegaConf.missing_keys(configs.to_dict(config)) == set()
 
 
@@ -95,9 +102,7 @@ def test_default_config_shows_every_key_of_the_schema() -> None:
 )
 def test_every_choice_of_a_kind_has_an_option(group: str) -> None:
     section, field = group.split(".")
-    chosen = {
-        getattr(getattr(build(o, *MISSING.get(o, [])), section), field) for o in OPTIONS if o.startswith(f"{section}=")
-    }
+    chosen = {getattr(getattr(of_option(o), section), field) for o in OPTIONS if o.startswith(f"{section}=")}
     declared = {f.name: f.metadata for f in dataclasses.fields(getattr(Config(), section))}[field]["choices"]
     assert chosen == set(declared)
 

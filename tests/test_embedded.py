@@ -100,6 +100,7 @@ def test_tiny_llama_is_the_same_each_time_and_leaves_the_random_numbers_alone(ti
     assert contents(again) == contents(tiny_llama)
 
 
+@pytest.mark.e2e
 def test_two_processes_at_once_make_it_once(tmp_path: Path, tiny_llama: Path) -> None:
     both = [start("embedded:tiny_llama", SFT_LAB_CACHE=tmp_path) for _ in range(2)]
     outputs = [process.communicate() for process in both]
@@ -167,6 +168,7 @@ def hub_cache(root: Path, *files: str) -> Path:
     return snapshot
 
 
+@pytest.mark.e2e
 def test_the_hubs_own_copy_comes_first_if_it_is_complete(tmp_path: Path) -> None:
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     environment = {"SFT_LAB_CACHE": tmp_path / "cache", "PIP_NO_INDEX": 1, "PIP_FIND_LINKS": ""}

@@ -23,6 +23,8 @@ from tests.conftest import Cli, online
 from tests.fake_wandb import FakeWandb
 from tests.test_run import check, read
 
+pytestmark = pytest.mark.e2e
+
 WORDS = [
     "model=tiny_llama", "peft=lora_r8", "peft.lora_dropout=0.1", "data=from_file", "data.path=rows.jsonl", "data.eval_rows=4",
     "trainer.max_steps=4", "trainer.logging_steps=2", "trainer.save_steps=2", "evaluation.rows=2", "tracking=none",
@@ -57,7 +59,6 @@ def edited(run: Path, to: Path, **changes: Any) -> Path:
     return to
 
 
-@pytest.mark.e2e
 def test_a_run_made_again_is_the_same_to_the_byte(finished: Path, tmp_path: Path, cli: Cli) -> None:
     """From another directory, with another number of threads, which is set back to the recorded one."""
     run = finished / "run"
@@ -77,7 +78,6 @@ def test_a_run_made_again_is_the_same_to_the_byte(finished: Path, tmp_path: Path
     assert (again / "config.yaml").read_text() == config.replace("job_type: train", "job_type: repro")
 
 
-@pytest.mark.e2e
 def test_a_trial_made_again_is_no_trial_of_its_sweep(
     finished: Path, tmp_path: Path, cli: Cli, wandb_server: FakeWandb
 ) -> None:
@@ -92,7 +92,6 @@ def test_a_trial_made_again_is_no_trial_of_its_sweep(
     assert tuple(tracked.tags) == ("peft=lora_r8",)
 
 
-@pytest.mark.e2e
 def test_another_version_is_told_and_the_run_is_made(finished: Path, tmp_path: Path, main: Cli) -> None:
     run = edited(finished / "run", tmp_path / "run", packages__peft="0.1.0", installed__wandb="0.2.0")
     peft, wandb = (read(finished / "run" / "provenance.json")["packages"][name] for name in ("peft", "wandb"))
@@ -109,7 +108,6 @@ def test_another_version_is_told_and_the_run_is_made(finished: Path, tmp_path: P
     assert read(tmp_path / "again" / "status.json")["state"] == "completed"
 
 
-@pytest.mark.e2e
 def test_other_data_is_refused_unless_allowed(finished: Path, tmp_path: Path, main: Cli) -> None:
     write_rows(tmp_path / "rows.jsonl", "another")
     run = shutil.copytree(finished / "run", tmp_path / "run")
@@ -127,7 +125,6 @@ def test_other_data_is_refused_unless_allowed(finished: Path, tmp_path: Path, ma
     assert "train_loss: " in made.stdout
 
 
-@pytest.mark.e2e
 def test_an_unfinished_run_is_refused(tmp_path: Path, finished: Path, main: Cli) -> None:
     run = shutil.copytree(finished / "run", tmp_path / "run")
     write_json(run / "status.json", {"state": "interrupted"})

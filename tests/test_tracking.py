@@ -289,6 +289,7 @@ def test_runs_of_one_process_are_runs_of_their_own(server: FakeWandb, tmp_path: 
     assert [(run.name, run.exit_code, run.steps) for run in server.runs.values()] == [("bad", 1, [1]), ("good", 0, [1])]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("interval_s", ["1", "15"])  # most of it is uploaded when the process is killed; nothing is
 def test_a_killed_online_run_resumes_without_a_hole(
     interval_s: str, server: FakeWandb, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
@@ -311,6 +312,7 @@ def test_a_torn_log_does_not_keep_the_rest_from_being_uploaded(server: FakeWandb
     assert only_run(server).steps == list(range(1, 31))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("interval_s", ["0.1", "15"])  # as above, of the log on disk
 def test_a_killed_offline_run_resumes_without_a_hole(
     interval_s: str, server: FakeWandb, run: RunDirectory, monkeypatch: pytest.MonkeyPatch

@@ -109,6 +109,7 @@ def test_a_dead_client_costs_the_rest_of_its_own_run_only(
     assert named(server, "second").steps == [1, 2, 3]
 
 
+@pytest.mark.e2e
 def test_an_outage_in_mid_sweep_loses_no_trial(server: FakeWandb, tmp_path: Path) -> None:
     """The server fails while the second of four trials runs, and comes back after the third."""
     settings = config(group="sweep-7", job_type="trial", finish_timeout_s=1)
@@ -221,6 +222,7 @@ def test_a_link_that_cannot_be_is_a_sentence(server: FakeWandb, sweep: Path) -> 
     assert "W&B links nothing offline" in message
 
 
+@pytest.mark.e2e
 def test_a_sweep_is_recorded_offline_where_the_server_fails(server: FakeWandb, sweep: Path) -> None:
     server.fail_with = 500
     message = record(config(mode="online"), sweep)
