@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sft_lab import outside
+from sft_lab import meetings, outside
 from sft_lab.errors import ConfigError, Interrupted, SftLabError
 
 VERBS = {
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (0 done, 1 failed, 2 wrong input, 130/143 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        meeting = outside.meeting()
+        meeting = meetings.current()
         if meeting is not None and not meeting.group.leads:
             from sft_lab import worker
 

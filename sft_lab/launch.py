@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sft_lab import agent, drift, outside, preflight, provenance, train, worker
+from sft_lab import agent, drift, meetings, outside, preflight, provenance, train, worker
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab.callbacks import Stop
@@ -138,7 +138,7 @@ def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
     """Train from the run directory alone: in this process, in ranks that it starts, or as one of those it is among."""
     config = configs.load(run.config)
     run.clear_verdict()
-    meeting = outside.meeting()
+    meeting = meetings.current()
     if config.distributed.method == "single":
         train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
         return
@@ -147,7 +147,7 @@ def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
         agent.run(config, run)  # the ranks find the callbacks themselves
     else:
         each = config.distributed.num_processes // meeting.group.count
-        meeting.tell(run=str(run.path), each=each)
+        meeting.send_to_run(str(run.path), each, config.distributed.timeout_min)
         worker.join(meeting, run, each, stop)
 
 

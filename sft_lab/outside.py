@@ -1,20 +1,10 @@
-"""Processes of one command that were started from outside: by torchrun, `accelerate launch`, or a step of Slurm.
-
-The first of them leads: it composes, checks and prepares. The others wait for its word and then take their part from
-the run directory, which all of them see. They meet in a `TCPStore`, long before there is a process group, so that no
-collective's timeout counts the time that the data takes.
-"""
+"""Processes of one command that were started from outside: by torchrun, `accelerate launch`, or a step of Slurm."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import os
-import secrets
 import socket
 import subprocess
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,9 +12,7 @@ from typing import Any
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import DistributedConfig
 
-_FAREWELL_S = 10
 _CONNECT = timedelta(minutes=10)
-_PATIENCE = timedelta(days=7)  # preparing data has no timeout; the death of the leader ends the waiting too
 
 
 @dataclass(frozen=True)
@@ -38,7 +26,6 @@ class Group:
     address: str  # where the first one can be reached
     port: int
     nodes: int = 1
-    attempt: int = 0  # how often whoever started them has started them again
     hosted: bool = False  # whether the starter holds the store already
     name: str = ""  # of what started them, where several may meet at one address
 
@@ -66,7 +53,6 @@ class Group:
         except DistError as error:
             said = str(error).splitlines()[0]
             raise RunError(f"no meeting of processes at {self.address}, port {self.port} ({said})") from error
-        store.set_timeout(_PATIENCE)
         return PrefixStore(f"sft_lab/{self.name}", store)
 
     def as_rank(self) -> dict[str, str]:
@@ -95,7 +81,6 @@ def group() -> Group | None:
             "torchrun",
             env.get("MASTER_ADDR", "localhost"),
             int(env.get("MASTER_PORT", "29500")),
-            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
             hosted=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # a batch script alone has SLURM_NTASKS and SLURM_PROCID too
@@ -146,89 +131,6 @@ def _first_host(nodes: str) -> str:
 
 def _scontrol(*words: str) -> str:
     return subprocess.run(["scontrol", "show", *words], capture_output=True, text=True, check=True).stdout
-
-
-# ------------------------------------------------------------------------------------------------------------ words
-
-
-class Meeting:
-    """Where the processes of a group tell each other what to do; opened by each of them before anything else."""
-
-    def __init__(self, group: Group):
-        self.group = group
-        self.store = group.store()
-        self._word = f"word/{group.attempt}"
-
-    def ranks(self, timeout_min: int) -> Any:
-        """The store in which ranks look for each other's addresses, under a name that those alive now have agreed on.
-
-        Ranks that died have left their addresses behind, and restarts are counted by each machine for itself. So every
-        rank brings a word, the first proposes a name made of all words, and it counts once all others have taken it up.
-
-        Raises:
-            RunError: some have not come in time.
-        """
-        from torch.distributed import PrefixStore
-
-        index, count, mine, taken_up = self.group.index, self.group.count, secrets.token_hex(8), ""
-        places = [f"here/{i}" for i in range(count)]
-        self.store.set(places[index], mine)
-        until = time.monotonic() + 60 * timeout_min
-        while time.monotonic() < until:
-            if self.group.leads and self.store.check(places):
-                self.store.set("proposed", b" ".join(self.store.multi_get(places)))
-            words = self.store.get("proposed").decode().split() if self.store.check(["proposed"]) else []
-            if len(words) == count and words[index] == mine:
-                name = hashlib.sha256(" ".join(words).encode()).hexdigest()
-                if name != taken_up:
-                    self.store.add(f"taken_up/{name}", 1)
-                    taken_up = name
-                if self.store.add(f"taken_up/{name}", 0) == count:
-                    return PrefixStore(f"ranks/{name}", self.store)
-            time.sleep(0.05)
-        raise RunError(f"not all of {count} ranks have come within distributed.timeout_min={timeout_min} minutes")
-
-    def tell(self, **word: Any) -> None:
-        """What the others are to do: run=DIR and each=RANKS that each starts (1: it is one), or leave=EXIT CODE."""
-        self.store.set(self._word, json.dumps(word))
-
-    def told(self) -> dict[str, Any]:
-        """What the first one says, however long it takes.
-
-        Raises:
-            RunError: it died.
-        """
-        from torch.distributed import DistError
-
-        try:
-            word: dict[str, Any] = json.loads(self.store.get(self._word))
-            self.store.add(f"heard/{self.group.attempt}", 1)
-        except DistError as error:
-            raise RunError(f"the first of the {self.group.count} processes ended without a word ({error})") from error
-        return word
-
-    def dismiss(self, exit_code: int) -> None:
-        """Let those leave that were told nothing, and wait until they know."""
-        if self.store.check([self._word]):
-            return
-        self.tell(leave=exit_code)
-        until = time.monotonic() + _FAREWELL_S
-        while self.store.add(f"heard/{self.group.attempt}", 0) < self.group.count - 1 and time.monotonic() < until:
-            time.sleep(0.05)
-
-    def earlier_run(self) -> str:
-        """The run that was under way when all were started again, by a starter whose store has outlived them."""
-        for attempt in range(self.group.attempt - 1, -1, -1):
-            if self.store.check([f"word/{attempt}"]):
-                return str(json.loads(self.store.get(f"word/{attempt}")).get("run", ""))
-        return ""
-
-
-@functools.cache
-def meeting() -> Meeting | None:
-    """That of this process's group; None for a process that stands alone."""
-    found = group()
-    return Meeting(found) if found else None
 
 
 def require_room(d: DistributedConfig) -> None:

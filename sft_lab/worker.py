@@ -10,13 +10,13 @@ import os
 import signal
 import sys
 
-from sft_lab import agent, console, outside, ranks, train
+from sft_lab import agent, console, meetings, ranks, train
 from sft_lab import config as configs
 from sft_lab.callbacks import Stop
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import Interrupted, Pruned, SftLabError
 from sft_lab.logs import run_log
-from sft_lab.outside import Meeting
+from sft_lab.meetings import Meeting
 from sft_lab.runs import RunDirectory
 
 log = logging.getLogger("sft_lab")
@@ -54,7 +54,7 @@ def _work(run: RunDirectory) -> int:
     with stop.listening(), run_log(terminal=os.environ["RANK"] == "0") as messages:
         messages.open(run.log, rank=int(os.environ["RANK"]))
         try:
-            take_part(run, stop, outside.meeting())
+            take_part(run, stop, meetings.current())
         except Interrupted as error:
             log.info("rank %s: %s", os.environ["RANK"], error, exc_info=True)
             # Who starts ranks has written down what they were to hear; and ends them by SIGTERM for another's death.
@@ -112,7 +112,7 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
 
 def follow() -> int:
     """What a process does that was started beside the first one: wait for its word, then take part."""
-    meeting = outside.meeting()
+    meeting = meetings.current()
     assert meeting is not None
     word = meeting.told()
     if "leave" in word:

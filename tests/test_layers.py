@@ -17,6 +17,7 @@ LAYERS: dict[str, int] = {
             "checks",
             "contradictions",
             "outside",
+            "meetings",
             "command_line",
             "config",
             "runs",

@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sft_lab import command_line, outside
+from sft_lab import command_line, meetings
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError, Interrupted, Leave, SftLabError
 from sft_lab.options import CONF_DIR
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
             raise Leave(error) from error
 
     configs.register()
-    if command.composes and (meeting := outside.meeting()):
+    if command.composes and (meeting := meetings.current()):
         if command.multirun:
             raise ConfigError(
                 f"-m : {meeting.group.by} started this command {meeting.group.count} times, and a sweep starts the "
@@ -62,7 +62,7 @@ def run_trial(cfg: DictConfig) -> None:
     from sft_lab.sweep.ledger import SweepDirectory
 
     directory = Path(HydraConfig.get().runtime.output_dir)
-    meeting = outside.meeting()
+    meeting = meetings.current()
     if meeting is not None and not meeting.group.leads:  # one of several tasks, on as many nodes, of this trial's job
         worker.follow()
         return

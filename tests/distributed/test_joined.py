@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
+from sft_lab.runs import RunDirectory
 from tests.distributed.starting import TWENTY, adapter, environment
 from tests.test_run import check
 
@@ -27,19 +32,24 @@ def torchrun(
 
 
 @pytest.mark.slow
-def test_ranks_that_torchrun_started_join_one_run_on_a_cold_cache(tmp_path: Path) -> None:
-    """Four of them: one directory, data prepared once, the same bytes as the run that starts its own ranks."""
-    cold = {**os.environ, **environment(), "SFT_LAB_CACHE": str(tmp_path / "cold")}
+def test_four_ranks_on_a_cold_cache_build_it_once(tmp_path: Path) -> None:
+    """Whoever starts them: one directory, data prepared by one process, and to the same bytes."""
     words = [*TWENTY, "distributed=ddp"]
-    own = [sys.executable, "-m", "sft_lab", *words, "distributed.num_processes=4", "hydra.run.dir=own"]
-    theirs = [*TORCHRUN, "--standalone", "--nproc_per_node", "4", "-m", "sft_lab", *words]
-    joined = check(subprocess.run(theirs, cwd=tmp_path, env=cold, capture_output=True, text=True, check=False))
-    assert joined.stdout.count("cache miss") == 1
-    assert len(list((tmp_path / "cold" / "data").glob("*/key.json"))) == 1
-    assert "distributed: 4 ranks" in joined.stdout
-    (directory,) = (tmp_path / "outputs").glob("*/*")
-    check(subprocess.run(own, cwd=tmp_path, env=cold, capture_output=True, text=True, check=False))
-    assert adapter(directory) == adapter(tmp_path / "own")
+    ways = {
+        "own": [sys.executable, "-m", "sft_lab", *words, "distributed.num_processes=4"],
+        "joined": [*TORCHRUN, "--standalone", "--nproc_per_node", "4", "-m", "sft_lab", *words],
+    }
+    for name, command in ways.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        cold = {**os.environ, **environment("ranks_do_not_tokenize"), "SFT_LAB_CACHE": str(folder / "cold")}
+        done = check(subprocess.run(command, cwd=folder, env=cold, capture_output=True, text=True, check=False))
+        assert done.stdout.count("cache miss") == 1
+        assert len(list((folder / "cold" / "data").glob("*/key.json"))) == 1
+        assert "distributed: 4 ranks" in done.stdout
+    own, joined = (list((tmp_path / name / "outputs").glob("*/*")) for name in ways)
+    assert len(own) == len(joined) == 1
+    assert adapter(own[0]) == adapter(joined[0])
 
 
 @pytest.mark.parametrize(
@@ -85,8 +95,6 @@ def test_a_rank_that_torchrun_starts_again_goes_on_with_the_run(tmp_path: Path) 
     from tests.test_resume import wait_for_step
 
     wait_for_step(process, 12)
-    import psutil
-
     ranks = [p for p in psutil.Process(process.pid).children() if "sft_lab" in p.cmdline()]
     max(ranks, key=lambda p: int(p.environ()["RANK"])).kill()
     output, errors = process.communicate()
@@ -94,6 +102,51 @@ def test_a_rank_that_torchrun_starts_again_goes_on_with_the_run(tmp_path: Path) 
     assert re.search(r"going on from step 1\d", output)
     (directory,) = (tmp_path / "outputs").glob("*/*")
     assert (directory / "adapter").is_dir()
+
+
+@pytest.mark.slow
+def test_machines_that_count_restarts_differently_go_on_with_one_run(tmp_path: Path) -> None:
+    """Two torchruns of a rank each: when the second one's rank dies, the first one counts no restart of its own."""
+    words = [*TWENTY, "distributed=ddp", "trainer.max_steps=60", "trainer.save_steps=5", "trainer.logging_steps=1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "1", "--rdzv_backend", "c10d"]
+    meet += ["--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "two", "--local_addr", "127.0.0.1"]
+    command = [*TORCHRUN, *meet, "-m", "sft_lab", *words]
+    env = {**os.environ, **environment()}
+    machines = [
+        subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        (directory,) = _eventually(
+            lambda: list((tmp_path / "outputs").glob("*/*/checkpoints/checkpoint-10/whole.json"))
+        )
+        ranks = [p for one in machines for p in psutil.Process(one.pid).children() if "sft_lab" in p.cmdline()]
+        (second,) = [p for p in ranks if p.environ()["RANK"] == "1"]
+        second.kill()
+        outputs = [machine.communicate(timeout=300) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert sum(out.count("going on from step") for out, _ in outputs) == 1
+    run = directory.parents[2]
+    assert [path.parent.parent for path in (tmp_path / "outputs").glob("*/*")] == [run.parent.parent]
+    assert [event["step"] for event in RunDirectory(run).read_metrics() if event["split"] == "train"] == list(
+        range(1, 61)
+    )
+
+
+def _eventually(look: Callable[[], list[Path]]) -> list[Path]:
+    """What is there as soon as there is something."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        if found := look():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("nothing came")
 
 
 def _may_make_namespaces() -> bool:

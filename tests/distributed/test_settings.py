@@ -10,7 +10,7 @@ import pytest
 from sft_lab import config as configs
 from sft_lab import distributed, outside
 from sft_lab.errors import ConfigError, RunError
-from sft_lab.outside import Meeting
+from sft_lab.meetings import Meeting
 from sft_lab.schema import DistributedConfig
 
 ZERO = ["model=tiny_llama", "distributed=deepspeed_zero2", "distributed.num_processes=2"]
@@ -51,24 +51,35 @@ def test_jobs_that_follow_each_other_meet_at_ports_of_their_own(monkeypatch: pyt
         taken |= {group.port, group.port + 1}
 
 
-def test_ranks_meet_whatever_their_machines_count_of_restarts() -> None:
-    """A rank that came and died is replaced: those who live agree on a store that it has no part in."""
+def test_those_alive_meet_whatever_the_dead_have_left() -> None:
+    """A process that came and died is replaced, and so is the first one, whose last word is still there."""
     from torch.distributed import HashStore
 
     store = HashStore()
 
-    def meet(index: int, attempt: int) -> Meeting:
-        met = Meeting.__new__(Meeting)  # without a store of its own
-        met.group, met.store = outside.Group(index, 3, index, "torchrun", "", 0, attempt=attempt), store
-        return met
+    def came(index: int) -> Meeting:
+        return Meeting(outside.Group(index, 3, index, "torchrun", "", 0), store)
 
-    with pytest.raises(RunError, match="not all of 3 ranks have come"):
-        meet(2, 0).ranks(0)  # it has left its word
+    dead = [came(index) for index in range(3)]
+    assert dead[0].earlier_run() == ""
     with ThreadPoolExecutor(3) as pool:
-        early = [pool.submit(meet(index, 0).ranks, 1) for index in (0, 1)]
+        told = [pool.submit(one.told) for one in dead[1:]]
+        dead[0].send_to_run("runs/a", 1, 1)
+        assert [one.result(timeout=30) for one in told] == [{"run": "runs/a", "each": 1}] * 2
+        first, second = came(0), came(1)
+        assert first.earlier_run() == "runs/a"
+        early = [pool.submit(second.told), pool.submit(first.send_to_run, "runs/a", 2, 1)]
         time.sleep(0.3)
-        assert not any(one.done() for one in early)
-        late = pool.submit(meet(2, 1).ranks, 1)
-        stores = [found.result(timeout=30) for found in (*early, late)]
-    stores[0].set("address", "here")
-    assert [one.get("address") for one in stores] == [b"here"] * 3
+        assert not any(one.done() for one in early)  # the third that is named there answers no more
+        assert came(2).told() == {"run": "runs/a", "each": 2}
+        assert early[0].result(timeout=30) == {"run": "runs/a", "each": 2}
+
+
+def test_who_does_not_come_is_not_waited_for_forever() -> None:
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    two = [Meeting(outside.Group(index, 3, index, "torchrun", "", 0), store) for index in (0, 1)]
+    for one in two:
+        with pytest.raises(RunError, match="not all of 3 processes have come within"):
+            one.ranks(0.002)

@@ -1,7 +1,12 @@
-"""Lets every rank fail that makes text into tokens, and nothing else."""
+"""Lets every rank fail that makes text into tokens, and nothing else.
+
+The ranks that the command starts have a program of their own. Of those that torchrun starts the first one prepares the
+data before it trains.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -17,5 +22,5 @@ def _without_tokenizing(module: Any) -> None:
         setattr(module.PreTrainedTokenizerBase, name, _refuse)
 
 
-if "sft_lab.worker" in sys.orig_argv:
+if "sft_lab.worker" in sys.orig_argv or os.environ.get("RANK", "0") != "0":
     once_imported("transformers.tokenization_utils_base", _without_tokenizing)
