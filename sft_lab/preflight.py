@@ -42,7 +42,7 @@ def examine(config: Config, data: Prepared, run: RunDirectory) -> Report:
     findings.of_data(config, data, report)
     _model(config, data, report)
     _steps(config, data, report)
-    _disk(config, run, report)
+    _disk(config, data, run, report)
     report.numbers["memory"] = report.numbers["time_s"] = None  # not predicted yet
     # A sweep's name says where a run lands and, unless it was given, what time it is.
     report.numbers["config"] = {name: part for name, part in configs.to_dict(config).items() if name != "sweep"}
@@ -117,15 +117,21 @@ def _steps(config: Config, data: Prepared, report: Report) -> None:
     report.add("padding", "fact", f"{padding:.1%} of what the model computes is padding")
 
 
-def _disk(config: Config, run: RunDirectory, report: Report) -> None:
-    """Checkpoints and adapter, against the space that is there."""
+def _disk(config: Config, data: Prepared, run: RunDirectory, report: Report) -> None:
+    """Checkpoints and adapter, each with a tokenizer beside it, against the space that is there."""
     t, trainable = config.trainer, report.numbers["parameters"]["trainable"]
-    checkpoints = math.ceil(report.numbers["steps"] / t.save_steps)
-    kept = min(t.save_total_limit + 1, checkpoints)  # the oldest goes after the newest is written
-    disk = trainable * (_ADAM_BYTES * kept + 4)
+    most = report.numbers["steps"] if t.save_minutes else math.ceil(report.numbers["steps"] / t.save_steps)
+    kept = min(t.save_total_limit + 1, most)  # the oldest goes after the newest is written
+    tokenizer = _tokenizer_bytes(data)
+    disk = kept * (_ADAM_BYTES * trainable + tokenizer) + 4 * trainable + tokenizer
     report.numbers["disk_bytes"] = disk
     report.add("disk", "fact", f"{disk / 1e6:.0f} MB for {kept} checkpoints and the adapter")
     place = next(p for p in (run.path, *run.path.parents) if p.exists())
     free = shutil.disk_usage(place).free
     if disk > free:
         report.add("disk_full", "error", f"checkpoints and adapter need {disk} bytes, {place} has {free}")
+
+
+def _tokenizer_bytes(data: Prepared) -> int:
+    """Of tokenizer.json, which is 33 MB for a vocabulary of 262,144 (Gemma 3); slow tokenizers have less to save."""
+    return len(data.tokenizer.backend_tokenizer.to_str(pretty=True).encode()) if data.tokenizer.is_fast else 0
