@@ -142,23 +142,41 @@ def test_what_fails_the_same_way_again_is_not_started_again(tmp_path: Path, cli:
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["distributed=ddp", "distributed.num_processes=2"]], ids=["single", "ddp"])
 def test_killed_at_ten_random_moments(words: list[str], tmp_path: Path) -> None:
-    """Packing, dropout, accumulation 2, two workers; the moments are spread over the whole run, saves among them."""
-    run = [*PACKED, "tracking=none", "hydra.run.dir=run", *words]
-    whole = subprocess.run(
-        [sys.executable, "-m", "sft_lab", *run], cwd=tmp_path, env={**os.environ, **environment()}, capture_output=True, text=True, check=False
-    )  # fmt: skip
-    check(whole)
+    """Packing, dropout, accumulation 2, two workers; between saves, while one is written, and just after it."""
+    command = [*PACKED, "tracking=none", "hydra.run.dir=run", *words]
+    check(finished(start(command, tmp_path, environment())))
     wanted = adapter(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "whole")
-    moments = random.Random(f"ten {words}")
-    process = start(run, tmp_path, environment())
-    for step in sorted(moments.sample(range(1, 60), 10)):
-        wait_for_step(process, step)
-        time.sleep(moments.random() / 20)
+    run, moments = RunDirectory(tmp_path / "run"), random.Random(f"ten {words}")
+    process = start(command, tmp_path, environment())
+    torn = 0
+    for kind in moments.sample(["between"] * 4 + ["in"] * 3 + ["after"] * 3, 10):
+        saved, _ = checkpoints.newest(run)
+        step = checkpoints.step_of(saved) if saved else 0
+        if kind == "between":
+            wait_for_step(process, step + moments.randint(1, 6))
+            time.sleep(moments.random() / 50)  # anywhere in the step, not to wait for anything
+        else:
+            following = checkpoints.at(run, step + 7)
+            wait_for_file(process, following / ("adapter_model.safetensors" if kind == "in" else "whole.json"))
         kill(process, signal.SIGKILL)
+        torn += bool(checkpoints.newest(run)[1])
+        assert read(run.status)["state"] == "running"
         process = start(["resume", "run"], tmp_path, environment())
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert adapter(tmp_path / "run") == wanted
-    steps = [event["step"] for event in RunDirectory(tmp_path / "run").read_metrics() if event["split"] == "train"]
-    assert steps == list(range(1, 61))
+    done = check(finished(process))
+    assert torn >= 1  # of three that were to be; the last file of a checkpoint may be there by the time of the kill
+    assert adapter(run.path) == wanted
+    assert [event["step"] for event in run.read_metrics() if event["split"] == "train"] == list(range(1, 61))
+    assert "going on from step" in done.stdout
+
+
+def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for_file(process: subprocess.Popen[str], file: Path) -> None:
+    """Returns as soon as it is there; what the process prints meanwhile is less than a pipe holds."""
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.0005)
