@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 from submitit.core.utils import UncompletedJobError
 from submitit.slurm.slurm import SlurmInfoWatcher
 
-from sft_lab.errors import ConfigError, Leave, RunError
+from sft_lab.console import say
+from sft_lab.errors import ConfigError, Interrupted, Leave, RunError
 
 # What a job does not come back from (squeue(1), JOB STATE CODES). PREEMPTED is not among them: such a job may go back
 # into the queue, and one that does not is GONE a few minutes later (MinJobAge in slurm.conf).
@@ -35,7 +36,7 @@ class QueueWatcher(SlurmInfoWatcher):
     """The states of the jobs that were submitted, by one question to squeue for all of them."""
 
     def _make_command(self) -> list[str] | None:
-        if not self._registered - self._finished:
+        if not self.left:
             return None
         # not --jobs=ID, which fails as soon as Slurm has forgotten one of them
         return ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
@@ -44,11 +45,16 @@ class QueueWatcher(SlurmInfoWatcher):
         """The answer as `{job: {"JobID", "State"}}`, of each that was not over before; GONE if it is listed no more."""
         text = string if isinstance(string, str) else string.decode()
         states = dict(line.strip().split("|", 1) for line in text.splitlines())
-        return {job: {"JobID": job, "State": states.get(job, GONE)} for job in self._registered - self._finished}
+        return {job: {"JobID": job, "State": states.get(job, GONE)} for job in self.left}
 
     def is_done(self, job_id: str, mode: str = "standard") -> bool:
         """False too while squeue cannot be asked. Submitit lists the states of a live job instead, and lacks some."""
         return self.get_state(job_id, mode=mode) in OVER
+
+    @property
+    def left(self) -> set[str]:
+        """The jobs that were submitted and, as far as was asked, are not over."""
+        return self._registered - self._finished
 
     def wait(self) -> dict[str, str]:
         """Until every job is over.
@@ -89,6 +95,11 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         submitit.SlurmJob.watcher = watcher  # of the class: each job registers itself there as it is made
         try:
             return super().launch(job_overrides, initial_job_idx)
+        except (KeyboardInterrupt, Interrupted):
+            arrays = sorted({job.partition("_")[0] for job in watcher.left})
+            if arrays:
+                say(f"the jobs stay with Slurm, and go on without this command; scancel {' '.join(arrays)} ends them")
+            raise
         except UncompletedJobError as error:
             lost = ", ".join(f"{job} {state}" for job, state in watcher.wait().items())
             raise RunError(f"Slurm jobs: {lost}" if lost else str(error)) from error

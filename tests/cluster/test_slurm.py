@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,25 @@ def test_lost_jobs_end_neither_the_others_nor_the_sweep_and_the_same_command_goe
     assert times(kept) == before
     failed = trials(tmp_path)["trainer.learning_rate=1e+30"]
     assert "loss is nan" in read(failed / "status.json")["error"]
+
+
+def test_ctrl_c_leaves_the_jobs_to_slurm_and_says_how_to_end_them(slurm: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sft_lab", *(word for word in WORDS if "=1e-3" not in word)]
+    command += ["trainer.learning_rate=1e-3,2e-3", "hydra.launcher.array_parallelism=1"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=pipe, stderr=pipe, text=True)
+    try:
+        array = job(slurm, 0, "RUNNING").partition("_")[0]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out + err
+    assert f"the jobs stay with Slurm, and go on without this command; scancel {array} ends them" in out
+    assert job(slurm, 1, "PENDING")
+    subprocess.run(["scancel", array], env=slurm, check=True)
+    check(subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=PATIENCE_S))
+    assert states(tmp_path) == ["completed", "completed"]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
