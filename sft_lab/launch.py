@@ -142,8 +142,8 @@ def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
     if config.distributed.method == "single":
         train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
         return
-    models.fetch(config.model)  # once, and before there are ranks
     if meeting is None:
+        models.fetch(config.model)  # once, and before there are ranks
         agent.run(config, run)  # the ranks find the callbacks themselves
     else:
         each = config.distributed.num_processes // meeting.group.count

@@ -93,6 +93,22 @@ class Meeting:
         self._store.wait([f"common/{self._name}"], timeout)
         return str(self._store.get(f"common/{self._name}").decode())
 
+    def all_ready(self, problem: str = "") -> None:
+        """Until each of those alive has come here, however long the others take.
+
+        Args:
+            problem: why this one cannot go on.
+
+        Raises:
+            RunError: on each of them, with the problem of the one that has one.
+        """
+        shared = self._among_those_alive(_PATIENCE)
+        if problem or shared.add("ready", 1) == self.group.count:
+            shared.set("problem", problem)
+        shared.wait(["problem"], _PATIENCE)
+        if told := shared.get("problem").decode():
+            raise RunError(told)
+
     # -------------------------------------------------------------------------------------------------------- words
 
     def send_to_run(self, run: str, each: int, timeout_min: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_lab import attention, distributed, embedded, quant, shared
+from sft_lab import attention, distributed, embedded, quant, ranks, shared
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import Config, ModelConfig
 
@@ -112,7 +112,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
     path = embedded.resolve(model.path)
     with told(model):
-        return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, **_source(model))
 
 
 def load_config(model: ModelConfig) -> Any:
@@ -121,7 +121,16 @@ def load_config(model: ModelConfig) -> Any:
 
     path = embedded.resolve(model.path)
     with told(model):
-        return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(path, **_source(model))
+
+
+def _source(model: ModelConfig) -> dict[str, Any]:
+    """How `from_pretrained` is told where to read from; ranks take what was fetched before there were any."""
+    return {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "local_files_only": ranks.together(),
+    }
 
 
 def fetch(model: ModelConfig) -> None:
@@ -139,6 +148,7 @@ def fetch(model: ModelConfig) -> None:
     with told(model):
         try:
             kinds = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
+            kinds += [file for file in [model.extra.get("gguf_file")] if file]
             others = ["original/*", "consolidated*"]  # the same weights, for other programs
             folder = Path(ask(allow_patterns=kinds, ignore_patterns=others))
             if not any(folder.glob("*.safetensors")):  # an old one
@@ -158,10 +168,9 @@ def load_model(config: Config) -> Any:
     attention.register()
     model, precision = config.model, resolve_precision(config)
     arguments: dict[str, Any] = {
-        "revision": model.revision,
+        **_source(model),
         "dtype": precision.dtype,
         "attn_implementation": resolve_attention(config),
-        "trust_remote_code": model.trust_remote_code,
         **model.extra,
     }
     storage = precision.dtype if distributed.shards_weights(config) else ""

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import sys
 
 from sft_lab import agent, console, meetings, ranks, train
 from sft_lab import config as configs
+from sft_lab import model as models
 from sft_lab.callbacks import Stop
 from sft_lab.data.prepared import Prepared
-from sft_lab.errors import Interrupted, Pruned, SftLabError
+from sft_lab.errors import Interrupted, Pruned, RunError, SftLabError
 from sft_lab.logs import run_log
 from sft_lab.meetings import Meeting
 from sft_lab.runs import RunDirectory
+from sft_lab.schema import Config
 
 log = logging.getLogger("sft_lab")
 
@@ -95,9 +98,9 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
     Raises:
         SftLabError: what ended the run, on whichever rank it happened.
     """
-    group = meeting.group
+    group, config = meeting.group, configs.load(run.config)
+    _fetch(config, meeting)
     if each > 1:
-        config = configs.load(run.config)
         agent.run(config, run, group.index, group.count, group.address, group.port + 1)
         return
     os.environ.update(group.as_rank())
@@ -108,6 +111,21 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
         if isinstance(error, SftLabError):
             run.write_verdict(error)
         raise
+
+
+def _fetch(config: Config, meeting: Meeting) -> None:
+    """Have the model on every machine, each with a cache of its own perhaps, before there is a rank anywhere.
+
+    Raises:
+        RunError: a machine cannot get it.
+    """
+    problem = ""
+    if meeting.group.local_index == 0:
+        try:
+            models.fetch(config.model)
+        except RunError as error:
+            problem = f"{platform.node()}: {error}"
+    meeting.all_ready(problem)
 
 
 def follow() -> int:

@@ -160,7 +160,10 @@ def _may_make_namespaces() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not _may_make_namespaces(), reason="needs root and iproute2")
 def test_two_nodes_are_one_run(tmp_path: Path) -> None:
-    """Two network namespaces, joined by a veth pair alone: a torchrun in each, which meet over it."""
+    """Two network namespaces, joined by a veth pair alone: a torchrun in each, which meet over it.
+
+    They share the run's directory and no cache: each makes the model for its own ranks.
+    """
     setup = """
         ip netns add sft_a; ip netns add sft_b
         ip link add sft_va netns sft_a type veth peer name sft_vb netns sft_b
@@ -171,10 +174,11 @@ def test_two_nodes_are_one_run(tmp_path: Path) -> None:
         subprocess.run(["sh", "-ec", setup], check=True, capture_output=True, text=True)
         nodes = []
         for node, name in enumerate("ab"):
-            meet = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node)]
+            meet = ["--nnodes", "2", "--nproc_per_node", "2", "--node_rank", str(node)]
             meet += ["--master_addr", "10.77.0.1", "--master_port", "29555"]
             words = [*TWENTY, "distributed=ddp", "hydra.run.dir=run"]
-            env = {**os.environ, **environment(), "GLOO_SOCKET_IFNAME": f"sft_v{name}"}
+            env = {**os.environ, **environment("ranks_do_not_tokenize"), "GLOO_SOCKET_IFNAME": f"sft_v{name}"}
+            env["SFT_LAB_CACHE"] = str(tmp_path / f"cache_{name}")
             command = ["ip", "netns", "exec", f"sft_{name}", *TORCHRUN, *meet, "-m", "sft_lab", *words]
             nodes.append(
                 subprocess.Popen(
@@ -186,8 +190,10 @@ def test_two_nodes_are_one_run(tmp_path: Path) -> None:
         for name in "ab":
             subprocess.run(["ip", "netns", "delete", f"sft_{name}"], capture_output=True, check=False)
     assert [node.returncode for node in nodes] == [0, 0], ended
-    assert "distributed: 2 ranks, gradients averaged by DistributedDataParallel" in ended[0][0]
+    assert "distributed: 4 ranks, gradients averaged by DistributedDataParallel" in ended[0][0]
     assert "loss" not in ended[1][0]  # one node speaks
-    one = torchrun(tmp_path, *TWENTY, "distributed=ddp", "hydra.run.dir=one")
+    assert (tmp_path / "cache_b" / "models").is_dir()
+    assert not (tmp_path / "cache_b" / "data").exists()
+    one = torchrun(tmp_path, *TWENTY, "distributed=ddp", "hydra.run.dir=one", ranks=4)
     check(one)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "one")

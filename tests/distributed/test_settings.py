@@ -83,3 +83,14 @@ def test_who_does_not_come_is_not_waited_for_forever() -> None:
     for one in two:
         with pytest.raises(RunError, match="not all of 3 processes have come within"):
             one.ranks(0.002)
+
+
+def test_what_one_cannot_do_all_are_told() -> None:
+    """A machine that cannot get the model, say: none of the others waits for it."""
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    met = [Meeting(outside.Group(index, 3, index, "torchrun", "", 0), store) for index in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        ready = [pool.submit(one.all_ready, problem) for one, problem in zip(met, ("", "b: no room", ""), strict=True)]
+        assert [str(one.exception(timeout=30)) for one in ready] == ["b: no room"] * 3
