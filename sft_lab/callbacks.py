@@ -67,8 +67,10 @@ class Metrics(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.step(state.global_step)
-        if state.global_step == state.max_steps:
-            control.should_log = True  # the last step too, where logging_steps does not divide
+        # The last step too, where logging_steps does not divide; and where a run may go on from, so that what it logs
+        # next is a mean over the steps that an undisturbed run takes it over.
+        if control.should_save or state.global_step == state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" not in logs:  # an evaluation, or the summary at the end of training

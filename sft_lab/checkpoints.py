@@ -49,7 +49,11 @@ def drop_after(run: RunDirectory, step: int) -> None:
 def drop_torn(run: RunDirectory) -> None:
     for checkpoint in _all(run):
         if _damage(checkpoint):
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def saved_bytes(run: RunDirectory) -> int:
+    return sum(file.stat().st_size for checkpoint in _all(run) for file in checkpoint.rglob("*") if file.is_file())
 
 
 def _all(run: RunDirectory) -> list[Path]:

@@ -19,6 +19,11 @@ def contradictions(c: Config) -> Iterator[str]:
             f"quant={_QUANT_OPTION[c.quant.method]} with peft=none : a quantised base cannot be trained itself, it "
             "needs an adapter (allowed: quant=none, or peft=lora_r8, lora_r16, lora_r64)"
         )
+    if c.quant.method == "bnb_8bit" and c.distributed.method in ("fsdp1", "fsdp2", "deepspeed_zero3"):
+        yield (
+            f"quant=int8 : 8-bit weights cannot be cut into shards, as distributed={c.distributed.method} does "
+            "(allowed: quant=nf4, or distributed=ddp)"
+        )
     if c.peft.method == "none":
         for key in _LORA_KEYS:
             if value := getattr(c.peft, key):

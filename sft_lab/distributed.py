@@ -107,6 +107,16 @@ def row_multiple(config: Config) -> int:
     return 2 * size if size > 1 else 1
 
 
+def hides_head(config: Config, base: Any) -> bool:
+    """Whether TRL's fused head, which reads the output embedding's weight and never calls the module, goes wrong.
+
+    Sharded apart from the rest, as it is below an adapter, a weight that is only read has its gradient summed over no
+    other rank, and one that waits in the CPU's memory is never brought to the GPU.
+    """
+    trains = any(p.requires_grad for p in base.get_output_embeddings().parameters())
+    return shards_weights(config) and (config.distributed.cpu_offload or (trains and config.peft.method != "none"))
+
+
 def keep_precision(trainer: Any) -> None:
     """Under FSDP2 in bf16, keep what the model returns in fp32: Accelerate would round the log-probabilities."""
     import torch

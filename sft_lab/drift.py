@@ -57,6 +57,9 @@ def _changes(record: dict[str, Any], config: Config) -> Iterator[tuple[str, tupl
         known = (key in before and key in now) or checks.is_open(key)  # else it is of a later version, at its default
         if known and before.get(key) != now.get(key) and not key.startswith(_FREE):
             yield key, (before.get(key), now.get(key))
+    for key, here in provenance.resolved(config).items():
+        if (there := record.get("resolved", {}).get(key, here)) != here:
+            yield key, (there, here)
     for name, was, ask in (
         ("data", record["data_fingerprint"], lambda: fingerprint(config.data)),
         ("model", record["model"]["fingerprint"], lambda: provenance.model_fingerprint(config)),

@@ -7,7 +7,7 @@ import errno
 import shutil
 from collections.abc import Iterator
 
-from sft_lab import checkpoints
+from sft_lab import checkpoints, ranks
 from sft_lab.errors import RunError, SftLabError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
@@ -46,7 +46,8 @@ def _told(error: Exception, config: Config, run: RunDirectory) -> RunError | Non
 
 def _no_space(config: Config, run: RunDirectory, text: str) -> RunError:
     run.spend_reserve()
-    checkpoints.drop_torn(run)
+    if ranks.leads():  # the others share its directory
+        checkpoints.drop_torn(run)
     kept, _ = checkpoints.newest(run)
     goes_on = f"{kept.name} is whole, and `resume` goes on from it" if kept else "no checkpoint was saved yet"
     place = run.checkpoints if run.checkpoints.is_dir() else run.path

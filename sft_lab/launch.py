@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sft_lab import agent, drift, meetings, outside, preflight, provenance, train, worker
+from sft_lab import agent, distributed, drift, meetings, outside, preflight, provenance, train, worker
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab.callbacks import Stop
@@ -84,7 +84,9 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
         config = configs.load(run.config)
         try:
             outside.require_room(config.distributed)
+            distributed.require(config)
             drift.require_none(run, config, allowed)
+            preflight.require_disk(config, run)
             run.keep_reserve()
         except SftLabError:
             run.unlock()

@@ -13,6 +13,8 @@ from sft_lab import attention, distributed, embedded, quant, ranks, shared
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import Config, ModelConfig
 
+_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}  # what training in them computes in
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -49,7 +51,7 @@ def resolve_precision(config: Config) -> Precision:
     if dtype == "auto":
         # Without an adapter the weights themselves are trained, and AdamW's small steps vanish in 16 bits.
         full = training == "fp32" or config.peft.method == "none"
-        dtype = "float32" if full else {"bf16": "bfloat16", "fp16": "float16"}[training]
+        dtype = "float32" if full else _AUTOCAST[training]
     return Precision(training, dtype, why)
 
 
@@ -173,7 +175,7 @@ def load_model(config: Config) -> Any:
         "attn_implementation": resolve_attention(config),
         **model.extra,
     }
-    storage = precision.dtype if distributed.shards_weights(config) else ""
+    storage = _AUTOCAST.get(precision.training, precision.dtype) if distributed.shards_weights(config) else ""
     quantisation = quant.build(config.quant, precision.dtype, storage)
     if quantisation is not None:
         arguments["quantization_config"] = quantisation

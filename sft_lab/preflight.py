@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 
-from sft_lab import adapter, distributed, findings, tracking
+from sft_lab import adapter, checkpoints, distributed, findings, tracking
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab import trainer as trainers
@@ -13,10 +13,13 @@ from sft_lab.data.batches import TrainingRows
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import PreflightError
 from sft_lab.findings import Report
-from sft_lab.runs import RunDirectory
+from sft_lab.runs import RunDirectory, read_json
 from sft_lab.schema import Config
 
-_ADAM_BYTES = 12  # a trained parameter in fp32 and its two AdamW moments
+# Of a checkpoint, for each trained parameter: itself in fp32 and its two AdamW moments; under FSDP once more, as the
+# state that training goes on from; under DeepSpeed that, and the optimizer's own copy.
+_CHECKPOINT_BYTES = {"single": 12, "ddp": 12, "fsdp1": 16, "fsdp2": 16}
+_DEEPSPEED_BYTES = 20
 
 
 def check(config: Config, data: Prepared, run: RunDirectory) -> Report:
@@ -123,13 +126,36 @@ def _disk(config: Config, data: Prepared, run: RunDirectory, report: Report) -> 
     most = report.numbers["steps"] if t.save_minutes else math.ceil(report.numbers["steps"] / t.save_steps)
     kept = min(t.save_total_limit + 1, most)  # the oldest goes after the newest is written
     tokenizer = _tokenizer_bytes(data)
-    disk = kept * (_ADAM_BYTES * trainable + tokenizer) + 4 * trainable + tokenizer
+    each = _CHECKPOINT_BYTES.get(config.distributed.method, _DEEPSPEED_BYTES) * trainable + tokenizer
+    disk = kept * each + 4 * trainable + tokenizer
     report.numbers["disk_bytes"] = disk
     report.add("disk", "fact", f"{disk / 1e6:.0f} MB for {kept} checkpoints and the adapter")
+    if short := _short_of_disk(disk, run):
+        report.add("disk_full", "error", short)
+
+
+def _short_of_disk(needed: int, run: RunDirectory) -> str:
+    """What is wrong where so many bytes have no room; what the run has saved already is among them."""
     place = next(p for p in (run.path, *run.path.parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if disk > free:
-        report.add("disk_full", "error", f"checkpoints and adapter need {disk} bytes, {place} has {free}")
+    free, saved = shutil.disk_usage(place).free, checkpoints.saved_bytes(run)
+    if needed <= free + saved:
+        return ""
+    return f"checkpoints and adapter need {needed - saved} bytes, {place} has {free}"
+
+
+def require_disk(config: Config, run: RunDirectory) -> None:
+    """For a run that goes on.
+
+    Raises:
+        PreflightError: what is still to be saved has no room.
+    """
+    if not run.preflight.is_file():  # it ended before its checks were written down, and is checked anew
+        return
+    report = Report(config.preflight.allow)
+    if short := _short_of_disk(read_json(run.preflight)["disk_bytes"], run):
+        report.add("disk_full", "error", short)
+    if report.errors:
+        raise PreflightError(report.errors)
 
 
 def _tokenizer_bytes(data: Prepared) -> int:

@@ -60,6 +60,7 @@ def current(config: Config, data_fingerprint: str) -> dict[str, Any]:
             "revision": config.model.revision,
             "fingerprint": model_fingerprint(config),
         },
+        "resolved": resolved(config),
     }
 
 
@@ -177,15 +178,39 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def resolved(config: Config) -> dict[str, str]:
+    """What keys whose value may be `auto` come to on this machine.
+
+    Raises:
+        ConfigError: it cannot do what they ask for.
+    """
+    precision = models.resolve_precision(config)
+    return {
+        "trainer.precision": precision.training,
+        "model.dtype": precision.dtype,
+        "model.attn_implementation": models.resolve_attention(config),
+    }
+
+
 def model_fingerprint(config: Config) -> str:
-    """The commit of a hub model, or a digest of a directory's configuration and the sizes of its weight files."""
+    """The commit of a hub model, or a digest of a directory's configuration and weights, to the last byte."""
     commit = getattr(models.load_config(config.model), "_commit_hash", None)
     folder = Path(embedded.resolve(config.model.path))
     if not folder.is_dir():
         return str(commit)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-        with open(file, "rb") as weights:
-            digest.update(weights.read(1 << 20))
+    for file in sorted(path for kind in _WEIGHTS for path in folder.glob(kind)):
+        known = file.stat()
+        digest.update(f"{file.name}:{_digest(file, known.st_size, known.st_mtime_ns)}".encode())
     return digest.hexdigest()
+
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+@functools.cache  # a sweep's trials start from the same file
+def _digest(file: Path, size: int, mtime_ns: int) -> str:
+    import xxhash
+
+    with open(file, "rb") as weights:
+        return hashlib.file_digest(weights, xxhash.xxh3_128).hexdigest()

@@ -78,6 +78,8 @@ def differences(record: dict[str, Any], config: Config) -> list[Difference]:
     for name in ("machine", "cpus", "cpu_capability", "torch_threads", "gpus"):
         if name in record["hardware"]:
             found.append(Difference(f"hardware.{name}", record["hardware"][name], now["hardware"][name]))
+    for key, value in record.get("resolved", {}).items():
+        found.append(Difference(f"resolved.{key}", value, now["resolved"][key]))
     found.append(Difference("data_fingerprint", record["data_fingerprint"], now["data_fingerprint"]))
     found.append(Difference("model.fingerprint", record["model"]["fingerprint"], now["model"]["fingerprint"]))
     return [difference for difference in found if difference.real]

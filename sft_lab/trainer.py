@@ -181,7 +181,7 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
             f"distributed.context_parallel_size={config.distributed.context_parallel_size} : the rows of new tokens in "
             "the output embedding need a head that knows whole rows (allowed: 1, or a chat_template without new tokens)"
         )
-    if models.device() == "cpu" or _writes_new_tokens(base, data):
+    if models.device() == "cpu" or _writes_new_tokens(base, data) or distributed.hides_head(config, base):
         loss.score_supervised_only(base)
     return trainer
 

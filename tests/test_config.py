@@ -196,6 +196,14 @@ REFUSED = [
     Refused("trainer.learning_rate=${foo}", "trainer.learning_rate", ("foo",)),
     # right by itself, wrong together
     Refused("quant=nf4 peft=none", "quant=nf4 with peft=none : ", (f"(allowed: quant=none, or {LORA})",)),
+    Refused(
+        "quant=int8 distributed=fsdp2 distributed.num_processes=2",
+        "quant=int8 : 8-bit weights cannot be cut into shards",
+        ("quant=nf4", "distributed=ddp"),
+    ),
+    Refused(
+        "trainer.extra.load_best_model_at_end=true", "trainer.extra.load_best_model_at_end=True : sft_lab sets this"
+    ),
     Refused("quant=int8 peft=none", "quant=int8 with peft=none : ", (f"(allowed: quant=none, or {LORA})",)),
     Refused("peft=none peft.r=8", "peft.r=8 : has no effect with peft=none", ("(allowed: peft=lora_r16 peft.r=8)",)),
     Refused("peft=none peft.lora_alpha=8", "peft.lora_alpha=8 : has no effect with peft=none"),

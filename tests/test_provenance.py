@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_lab import provenance
+from sft_lab import config as configs
+from sft_lab import embedded, provenance
 
 
 def git(folder: Path, *words: str) -> None:
@@ -166,3 +168,19 @@ def test_every_package_is_recorded_under_one_spelling() -> None:
     assert {"torch", "hydra-core", "pyyaml"} <= found.keys()
     assert found["torch"] == provenance.package_versions()["torch"]
     assert list(found) == sorted(found)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf", "config.json"])
+def test_a_models_fingerprint_tells_its_last_byte(name: str, tmp_path: Path) -> None:
+    """Merged with an adapter, say, a model keeps its sizes, its header and its embedding."""
+    shutil.copytree(embedded.resolve("embedded:tiny_llama"), tmp_path / "model")
+    config = configs.to_config(configs.compose(["model=from_path", f"model.path={tmp_path}/model"]))
+    file = tmp_path / "model" / name
+    if name != "config.json":
+        file.write_bytes(bytes(3 << 20))
+    before = provenance.model_fingerprint(config)
+    assert provenance.model_fingerprint(config) == before
+    with open(file, "r+b") as changed:
+        changed.seek(-1, 2)
+        changed.write(b" ")
+    assert provenance.model_fingerprint(config) != before

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from sft_lab import checkpoints
+from sft_lab import checkpoints, embedded
 from sft_lab.runs import RunDirectory
 from tests.conftest import Cli, may_mount, online
 from tests.fake_wandb import FakeWandb
@@ -196,8 +198,10 @@ def test_what_has_changed_since_is_refused_by_name(tmp_path: Path, cli: Cli, mai
     """Config, data and model: named, and nothing touched, until it is allowed."""
     rows = [f'{{"prompt": "say {n}", "completion": "{n} it is"}}' for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    words = [word for word in SIXTY if not word.startswith("data.train_rows")]
-    words = [*words, "data=from_file", "data.path=rows.jsonl", "data.eval_rows=4", "tracking=none", "hydra.run.dir=run"]
+    shutil.copytree(embedded.resolve("embedded:tiny_llama"), tmp_path / "base")
+    words = [word for word in SIXTY if not word.startswith(("data.train_rows", "model="))]
+    words += ["model=from_path", "model.path=base", "data=from_file", "data.path=rows.jsonl", "data.eval_rows=4"]
+    words += ["tracking=none", "hydra.run.dir=run"]
     process = start(words, tmp_path)
     wait_for_step(process, 9)
     kill(process, signal.SIGTERM)
@@ -209,6 +213,9 @@ def test_what_has_changed_since_is_refused_by_name(tmp_path: Path, cli: Cli, mai
     refused = check(main("resume", "run"), code=2)
     assert "peft.r: 8 -> 4 : the run began with the first (--allow peft.r goes on nevertheless)" in refused.stderr
     assert "peft.lora_alpha: 16 -> 99" in refused.stderr
+    refused = check(main("resume", "run", "--allow", "peft.lora_alpha"), code=2)
+    assert "peft.r: 8 -> 4" in refused.stderr
+    assert "lora_alpha" not in refused.stderr
     trainer = "  dataloader_num_workers: 2\n  extra: "
     run.config.write_text(config.replace(f"{trainer}{{}}", f"{trainer}{{neftune_noise_alpha: 5}}"))
     assert "trainer.extra.neftune_noise_alpha: None -> 5" in check(main("resume", "run"), code=2).stderr
@@ -218,12 +225,68 @@ def test_what_has_changed_since_is_refused_by_name(tmp_path: Path, cli: Cli, mai
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, rows[0]]))
     refused = check(main("resume", "run"), code=2)
     assert "the data is not what this run trains on (--allow data goes on nevertheless)" in refused.stderr
+    with open(tmp_path / "base" / "model.safetensors", "r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        last = weights.read(1)[0]
+        weights.seek(-1, os.SEEK_END)
+        weights.write(bytes([last ^ 1]))
+    refused = check(main("resume", "run", "--allow", "data"), code=2)
+    assert "the base model is not what this run started from (--allow model goes on nevertheless)" in refused.stderr
+    assert "the data is not" not in refused.stderr
+
+    record = run.provenance.read_text()
+    run.provenance.write_text(record.replace('"trainer.precision": "fp32"', '"trainer.precision": "bf16"'))
+    refused = check(main("resume", "run", "--allow", "data", "--allow", "model"), code=2)
+    assert "trainer.precision: bf16 -> fp32 : the run began with the first" in refused.stderr  # on another machine
+    run.provenance.write_text(record)
     assert run.status.read_text() == before
 
     run.config.write_text(config.replace("save_steps: 7", "save_steps: 20"))  # changes no bit of the result
-    resumed = check(cli("resume", "run", "--allow", "data"))
-    assert "allowed: the result is not that of an undisturbed run" in resumed.stderr
+    resumed = check(cli("resume", "run", "--allow", "data", "--allow", "model"))
+    assert resumed.stderr.count("allowed: the result is not that of an undisturbed run") == 2
     assert read(run.status)["state"] == "completed"
+    assert sorted(path.name for path in run.checkpoints.glob("checkpoint-*")) == ["checkpoint-40", "checkpoint-60"]
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs mount namespaces")
+def test_a_run_that_cannot_save_never_begins(tmp_path: Path) -> None:
+    """A quota on checkpoints/ alone, which no look at the free space tells: found out by saving, before the first step."""
+    place = tmp_path / "run" / "checkpoints"
+    place.mkdir(parents=True)
+    words = f"{' '.join(SIXTY)} tracking=none evaluation.before=false hydra.run.dir=run"
+    script = f"mount -t tmpfs -o size=100k tmpfs {place}; exec {sys.executable} -m sft_lab {words}"
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    failed = check(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False), code=1)
+    assert re.search(r"the disk of .*/checkpoints is full .*no checkpoint was saved yet", failed.stderr)
+    assert read(tmp_path / "run" / "status.json")["state"] == "failed"
+    assert RunDirectory(tmp_path / "run").read_metrics() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["distributed=ddp", "distributed.num_processes=2"]], ids=["single", "ddp"])
+def test_memory_that_runs_out_keeps_the_last_good_checkpoint(
+    words: list[str], tmp_path: Path, undisturbed: bytes, cli: Cli
+) -> None:
+    """In mid-run a limit is put on what the process may have: what torch then raises ends in a sentence."""
+    env = {"OMP_NUM_THREADS": "1"}
+    rows = ["trainer.per_device_train_batch_size=2"] if words else []
+    process = start([*SIXTY, *words, *rows, "tracking=none", "hydra.run.dir=run"], tmp_path, env)
+    wait_for_step(process, 16)
+    trains = [p for p in psutil.Process(process.pid).children(recursive=True) if "sft_lab.worker" in p.cmdline()]
+    for one in trains or [psutil.Process(process.pid)]:
+        one.rlimit(psutil.RLIMIT_AS, (1 << 20, psutil.RLIM_INFINITY))
+    _, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert "sft_lab: out of memory: lower trainer.per_device_train_batch_size" in errors.splitlines()[-1]
+    status = read(tmp_path / "run" / "status.json")
+    assert status["state"] == "failed"
+    assert status["error"].startswith("out of memory")
+    kept, passed_over = checkpoints.newest(RunDirectory(tmp_path / "run"))
+    assert kept is not None
+    assert not passed_over
+    check(cli("resume", "run", env=env))
+    if not words:
+        assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == undisturbed
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs mount namespaces")

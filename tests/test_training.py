@@ -166,6 +166,26 @@ def test_our_head_gives_the_loss_and_gradients_of_trls(tmp_path: Path) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        ([], False),
+        (["peft.modules_to_save=[lm_head]"], True),
+        (["distributed.cpu_offload=true"], True),
+        (["distributed=single", "distributed.num_processes=1", "peft.modules_to_save=[lm_head]"], False),
+    ],
+)
+def test_a_sharded_head_is_called_where_reading_its_weight_goes_wrong(
+    words: list[str], ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs, where TRL's own head is the one to take otherwise."""
+    monkeypatch.setattr(trainers.models, "device", lambda: "cuda")
+    monkeypatch.setattr(trainers.distributed, "arguments", lambda config: {})  # there is one process here
+    trainer = make(["distributed=fsdp2", "distributed.num_processes=2", *words], tmp_path)[2]
+    code = trainers.causal_lm(trainer.model).forward.__func__.__code__
+    assert (Path(code.co_filename).parts[-2:] == ("sft_lab", "loss.py")) == ours
+
+
 def test_only_the_adapter_is_trained(tmp_path: Path) -> None:
     """The base's weights are byte-equal after training, and the optimizer has no state for them."""
     trainer = make([], tmp_path)[2]

@@ -140,34 +140,87 @@ def test_what_fails_the_same_way_again_is_not_started_again(tmp_path: Path, cli:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [[], ["distributed=ddp", "distributed.num_processes=2"]], ids=["single", "ddp"])
-def test_killed_at_ten_random_moments(words: list[str], tmp_path: Path) -> None:
+def test_a_second_signal_waits_for_nobody(tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
+    """A rank that hangs never comes to the end of its step: who asks twice wants the end at once."""
+    process = start(TWO, tmp_path, environment())
+    wait_for_step(process, 16)
+    ranks = ranks_of(process)
+    ranks[1].suspend()
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    assert kill(process, signal.SIGTERM) == 143
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    assert read(tmp_path / "run" / "status.json")["state"] == "interrupted"
+    check(cli("resume", "run", env=environment()))
+    assert adapter(tmp_path / "run") == undisturbed
+
+
+WAYS = {  # who is killed, and how
+    "single": (["distributed=single"], signal.SIGKILL),
+    "single, asked to stop": (["distributed=single"], signal.SIGTERM),
+    "ddp": (["distributed=ddp", "distributed.num_processes=2"], signal.SIGKILL),
+    "ddp, one rank": (
+        ["distributed=ddp", "distributed.num_processes=2", "distributed.max_restarts=10"],
+        signal.SIGKILL,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_at_ten_random_moments(way: str, tmp_path: Path, wandb_server: FakeWandb) -> None:
     """Packing, dropout, accumulation 2, two workers; between saves, while one is written, and just after it."""
-    command = [*PACKED, "tracking=none", "hydra.run.dir=run", *words]
-    check(finished(start(command, tmp_path, environment())))
-    wanted = adapter(tmp_path / "run")
-    (tmp_path / "run").rename(tmp_path / "whole")
-    run, moments = RunDirectory(tmp_path / "run"), random.Random(f"ten {words}")
-    process = start(command, tmp_path, environment())
-    torn = 0
-    for kind in moments.sample(["between"] * 4 + ["in"] * 3 + ["after"] * 3, 10):
-        saved, _ = checkpoints.newest(run)
-        step = checkpoints.step_of(saved) if saved else 0
-        if kind == "between":
-            wait_for_step(process, step + moments.randint(1, 6))
-            time.sleep(moments.random() / 50)  # anywhere in the step, not to wait for anything
-        else:
-            following = checkpoints.at(run, step + 7)
-            wait_for_file(process, following / ("adapter_model.safetensors" if kind == "in" else "whole.json"))
-        kill(process, signal.SIGKILL)
+    words, signum = WAYS[way]
+    command = [*PACKED, "trainer.logging_steps=2", "hydra.run.dir=run", *words]
+    check(finished(start([*command, "tracking=none"], tmp_path, environment())))
+    whole, run = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "run")
+    run.path.rename(whole.path)
+    env, draw = {**online(wandb_server), **environment()}, random.Random(f"ten {way}")
+    process = start(command, tmp_path, env)
+    torn, saving = 0, 1 if signum == signal.SIGTERM else 3  # each that is asked to stop has come further for good
+    for moment in draw.sample(["between"] * (10 - 2 * saving) + ["in"] * saving + ["after"] * saving, 10):
+        if "one rank" in way:
+            wait_for_line(process, "distributed: 2 ranks")
+        await_moment(moment, process, run, draw.randint(1, 2 * saving))
+        time.sleep(draw.random() / 50 if moment == "between" else 0)  # anywhere in the step, not to wait for anything
+        if "one rank" in way:
+            draw.choice(ranks_of(process)).kill()
+            continue
+        code = kill(process, signum)
         torn += bool(checkpoints.newest(run)[1])
-        assert read(run.status)["state"] == "running"
-        process = start(["resume", "run"], tmp_path, environment())
-    done = check(finished(process))
-    assert torn >= 1  # of three that were to be; the last file of a checkpoint may be there by the time of the kill
-    assert adapter(run.path) == wanted
-    assert [event["step"] for event in run.read_metrics() if event["split"] == "train"] == list(range(1, 61))
-    assert "going on from step" in done.stdout
+        state = read(run.status)["state"]
+        assert (code, state) == ((143, "interrupted") if signum == signal.SIGTERM else (-signal.SIGKILL, "running"))
+        process = start(["resume", "run"], tmp_path, env)
+    check(finished(process))
+    if way in ("single", "ddp"):
+        assert torn >= 1  # of three that were to be: all of a checkpoint may be there by the time of the kill
+    assert adapter(run.path) == adapter(whole.path)
+    if signum == signal.SIGKILL:  # one that is asked to stop saves, and so logs, where it is
+        assert logged(run) == logged(whole)
+    (tracked,) = wandb_server.runs.values()
+    assert tracked.steps == sorted(set(tracked.steps))
+    assert {step for step, _ in logged(run)} <= set(tracked.steps)
+    assert tracked.exit_code == 0
+
+
+def await_moment(moment: str, process: subprocess.Popen[str], run: RunDirectory, steps: int) -> None:
+    """Returns so many steps after the newest checkpoint, or while the next one is being made, or once it is."""
+    saved, _ = checkpoints.newest(run)
+    step = checkpoints.step_of(saved) if saved else 0
+    if moment == "between":
+        wait_for_step(process, step + steps)
+        return
+    following = next(n for n in range(step + 1, step + 8) if n % 7 == 0)
+    file = checkpoints.at(run, following) / ("adapter_model.safetensors" if moment == "in" else "whole.json")
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.0005)
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    assert any(text in line for line in process.stdout), process.communicate()[1]
 
 
 def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
@@ -175,8 +228,7 @@ def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def wait_for_file(process: subprocess.Popen[str], file: Path) -> None:
-    """Returns as soon as it is there; what the process prints meanwhile is less than a pipe holds."""
-    while not file.exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.0005)
+def logged(run: RunDirectory) -> list[tuple[int, list[float]]]:
+    """What training logged of itself, but for times."""
+    kept = ("loss", "grad_norm", "learning_rate", "epoch", "tokens")
+    return [(event["step"], [event[key] for key in kept]) for event in run.read_metrics() if event["split"] == "train"]
