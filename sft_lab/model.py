@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_lab import attention, distributed, embedded, quant, ranks, shared
+from sft_lab import attention, distributed, embedded, quant, shared
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import Config, ModelConfig
 
@@ -114,7 +114,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
     path = embedded.resolve(model.path)
     with told(model):
-        return AutoTokenizer.from_pretrained(path, **_source(model))
+        return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def load_config(model: ModelConfig) -> Any:
@@ -123,16 +123,7 @@ def load_config(model: ModelConfig) -> Any:
 
     path = embedded.resolve(model.path)
     with told(model):
-        return AutoConfig.from_pretrained(path, **_source(model))
-
-
-def _source(model: ModelConfig) -> dict[str, Any]:
-    """How `from_pretrained` is told where to read from; ranks take what was fetched before there were any."""
-    return {
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        "local_files_only": ranks.together(),
-    }
+        return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def fetch(model: ModelConfig) -> None:
@@ -170,9 +161,10 @@ def load_model(config: Config) -> Any:
     attention.register()
     model, precision = config.model, resolve_precision(config)
     arguments: dict[str, Any] = {
-        **_source(model),
+        "revision": model.revision,
         "dtype": precision.dtype,
         "attn_implementation": resolve_attention(config),
+        "trust_remote_code": model.trust_remote_code,
         **model.extra,
     }
     storage = _AUTOCAST.get(precision.training, precision.dtype) if distributed.shards_weights(config) else ""

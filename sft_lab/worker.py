@@ -114,11 +114,13 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
 
 
 def _fetch(config: Config, meeting: Meeting) -> None:
-    """Have the model on every machine, each with a cache of its own perhaps, before there is a rank anywhere.
+    """Have the model on every machine, each with a cache of its own perhaps; ranks then ask the hub for nothing.
 
     Raises:
         RunError: a machine cannot get it.
     """
+    from huggingface_hub import constants
+
     problem = ""
     if meeting.group.local_index == 0:
         try:
@@ -126,6 +128,7 @@ def _fetch(config: Config, meeting: Meeting) -> None:
         except RunError as error:
             problem = f"{platform.node()}: {error}"
     meeting.all_ready(problem)
+    constants.HF_HUB_OFFLINE = True  # the variable of that name was read as the library was imported
 
 
 def follow() -> int:

@@ -15,8 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sft_lab import embedded
 from sft_lab.runs import RunDirectory
 from tests.distributed.starting import TWENTY, adapter, environment
+from tests.fake_hub import COMMIT, FakeHub
 from tests.test_run import check
 
 pytestmark = pytest.mark.e2e
@@ -108,11 +110,8 @@ def test_a_rank_that_torchrun_starts_again_goes_on_with_the_run(tmp_path: Path) 
 def test_machines_that_count_restarts_differently_go_on_with_one_run(tmp_path: Path) -> None:
     """Two torchruns of a rank each: when the second one's rank dies, the first one counts no restart of its own."""
     words = [*TWENTY, "distributed=ddp", "trainer.max_steps=60", "trainer.save_steps=5", "trainer.logging_steps=1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     meet = ["--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "1", "--rdzv_backend", "c10d"]
-    meet += ["--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "two", "--local_addr", "127.0.0.1"]
+    meet += ["--rdzv_endpoint", f"127.0.0.1:{_free_port()}", "--rdzv_id", "two", "--local_addr", "127.0.0.1"]
     command = [*TORCHRUN, *meet, "-m", "sft_lab", *words]
     env = {**os.environ, **environment()}
     machines = [
@@ -147,6 +146,49 @@ def _eventually(look: Callable[[], list[Path]]) -> list[Path]:
             return found
         time.sleep(0.02)
     raise AssertionError("nothing came")
+
+
+@pytest.mark.slow
+def test_a_machine_fetches_the_model_once_for_its_ranks(tmp_path: Path) -> None:
+    """Two machines of two ranks each, whose hub caches are their own."""
+    words = [*(word for word in TWENTY if not word.startswith("model=")), "distributed=ddp", "trainer.max_steps=4"]
+    with FakeHub(Path(embedded.resolve("embedded:tiny_llama"))) as hub:
+        words += ["model=from_path", f"model.path={hub.model}", "hydra.run.dir=run"]
+        meet = [
+            "--nnodes",
+            "2",
+            "--nproc_per_node",
+            "2",
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(_free_port()),
+        ]
+        env = {**os.environ, **environment("ranks_do_not_tokenize"), **hub.environment}
+        machines = [
+            subprocess.Popen(
+                [*TORCHRUN, *meet, "--node_rank", str(node), "-m", "sft_lab", *words],
+                cwd=tmp_path,
+                env={**env, "HF_HOME": str(tmp_path / f"hub_{node}")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for node in range(2)
+        ]
+        ended = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ended
+    assert "distributed: 4 ranks" in ended[0][0]
+    assert {file: hub.downloads(file) for file in hub.files} == dict.fromkeys(hub.files, 2)
+    last = hub.requests.index(f"GET /{hub.model}/resolve/{COMMIT}/model.safetensors")
+    last = hub.requests.index(f"GET /{hub.model}/resolve/{COMMIT}/model.safetensors", last + 1)
+    assert not [asked for asked in hub.requests[last:] if not asked.startswith("GET /me/")]  # and then nothing is asked
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _may_make_namespaces() -> bool:
