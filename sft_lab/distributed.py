@@ -38,12 +38,12 @@ def require(config: Config) -> None:
     d, gpu = config.distributed, torch.cuda.is_available()
     if d.method == "fsdp1" and not gpu:
         raise ConfigError("distributed=fsdp1 : does not run on a CPU (allowed: distributed=ddp, or fsdp2 on GPUs)")
-    started = outside.group()
-    here = d.num_processes // (started.nodes if started else 1)
-    if gpu and here > torch.cuda.device_count():
+    started, visible = outside.group(), torch.cuda.device_count()
+    here = started.ranks_here(d.num_processes) if started else d.num_processes
+    if gpu and here > visible:
         raise ConfigError(
-            f"distributed.num_processes={d.num_processes} : needs {here} GPUs here, {torch.cuda.device_count()} are "
-            f"visible (allowed: one process a GPU)"
+            f"distributed.num_processes={d.num_processes} : needs {here} GPUs here, {visible} are visible "
+            "(allowed: one process a GPU)"
         )
     if d.context_parallel_size > 1 and not gpu:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -26,6 +27,7 @@ class Group:
     address: str  # where the first one can be reached
     port: int
     nodes: int = 1
+    local_count: int = 1  # of them, on its machine
     hosted: bool = False  # whether the starter holds the store already
     name: str = ""  # of what started them, where several may meet at one address
 
@@ -55,6 +57,15 @@ class Group:
             raise RunError(f"no meeting of processes at {self.address}, port {self.port} ({said})") from error
         return PrefixStore(f"sft_lab/{self.name}", store)
 
+    def ranks_here(self, num_processes: int) -> int:
+        """How many ranks of a run of `num_processes` take their GPUs from those that this process sees."""
+        import torch
+
+        if num_processes > self.count:  # each task starts its node's
+            return num_processes // self.count
+        bound = self.by == "Slurm" and torch.cuda.device_count() == 1  # each task to a GPU of its own
+        return 1 if bound else self.local_count
+
     def as_rank(self) -> dict[str, str]:
         """The environment of a rank, as torch.distributed reads it; what it needs of the hub was fetched before."""
         import torch
@@ -81,17 +92,21 @@ def group() -> Group | None:
             "torchrun",
             env.get("MASTER_ADDR", "localhost"),
             int(env.get("MASTER_PORT", "29500")),
+            local_count=int(env.get("LOCAL_WORLD_SIZE", "1")),
             hosted=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # a batch script alone has SLURM_NTASKS and SLURM_PROCID too
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1:  # a batch script alone has SLURM_NTASKS and SLURM_PROCID too
+        nodes = int(env["SLURM_STEP_NUM_NODES"])
         return Group(
             int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
+            tasks,
             int(env["SLURM_LOCALID"]),
             "Slurm",
             env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
             int(env.get("MASTER_PORT") or 20000 + 2 * (int(env["SLURM_JOB_ID"]) % 5000)),  # a node's ranks: the next
-            nodes=int(env["SLURM_STEP_NUM_NODES"]),
+            nodes=nodes,
+            local_count=math.ceil(tasks / nodes),
             name=f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}",
         )
     return None
