@@ -104,12 +104,21 @@ def group() -> Group | None:
             int(env["SLURM_LOCALID"]),
             "Slurm",
             env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
-            int(env.get("MASTER_PORT") or 20000 + 2 * (int(env["SLURM_JOB_ID"]) % 5000)),  # a node's ranks: the next
+            int(env.get("MASTER_PORT") or _port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))),
             nodes=nodes,
             local_count=math.ceil(tasks / nodes),
             name=f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}",
         )
     return None
+
+
+def _port(job: int, step: int) -> int:
+    """Where a step's processes meet; the ranks that they start meet at the next one.
+
+    Of 5000 places each of a job's steps has its own, and 3089, near their golden section, keeps the first ones of a job
+    away from those of the jobs that follow it.
+    """
+    return 20000 + 2 * ((job + 3089 * step) % 5000)
 
 
 def processes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,16 +36,17 @@ def test_ranks_that_others_started_are_not_ours_to_start_again(monkeypatch: pyte
 
 
 def test_jobs_that_follow_each_other_meet_at_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job takes two: where its processes meet, and the next for the ranks of its nodes."""
+    """And so do the steps of each. A step takes two: where its processes meet, and the next for the ranks of its nodes."""
     settings = {
         "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-2]",
-        "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_ID": "0", "MASTER_ADDR": "localhost",
+        "SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "localhost",
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     taken: set[int] = set()
-    for job in (77, 78, 79):
+    for job, step in itertools.product(range(77, 177), range(10)):
         monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
         group = outside.group()
         assert group is not None
         assert not taken & {group.port, group.port + 1}
