@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +252,11 @@ def to_dataclasses(cfg: DictConfig) -> Config:
 # ----------------------------------------------------------------------------------------------- to dataclasses
 
 
-def to_config(cfg: DictConfig) -> Config:
+def to_config(cfg: DictConfig, processes: Callable[[], int] = outside.processes) -> Config:
     """The checked dataclasses of a composed config, with `global_batch_size` and accumulation made to agree.
+
+    Args:
+        processes: what distributed.num_processes=0 comes to; as it is said, for a run on this machine.
 
     Raises:
         ConfigError: a list of everything that is wrong.
@@ -261,10 +264,10 @@ def to_config(cfg: DictConfig) -> Config:
     config, problems = _checked(cfg)
     if config is None or problems:
         raise ConfigError(problems)
-    return _agreed(config)
+    return _agreed(config, processes)
 
 
-def _agreed(config: Config) -> Config:
+def _agreed(config: Config, processes: Callable[[], int]) -> Config:
     """The config with its number of processes known, and rows a step and accumulation following from each other.
 
     Raises:
@@ -272,7 +275,7 @@ def _agreed(config: Config) -> Config:
     """
     trainer, d = config.trainer, config.distributed
     if not d.num_processes:
-        d.num_processes = outside.processes()
+        d.num_processes = processes()
         if problems := list(contradictions(config)):
             raise ConfigError(problems)
     micro = trainer.per_device_train_batch_size * d.replicas

@@ -31,6 +31,21 @@ def local_rank() -> int:
 def require(config: Config) -> None:
     """
     Raises:
+        ConfigError: a package that is asked for is not installed.
+    """
+    from accelerate.utils import is_deepspeed_available
+
+    method = config.distributed.method
+    if method.startswith("deepspeed") and not is_deepspeed_available():
+        raise ConfigError(
+            f"distributed={method} : needs the package deepspeed (pip install --no-build-isolation "
+            "'sft-lab[deepspeed]'; allowed without it: distributed=ddp, fsdp2)"
+        )
+
+
+def require_machine(config: Config) -> None:
+    """
+    Raises:
         ConfigError: this machine cannot do what is asked for.
     """
     import torch
@@ -50,14 +65,6 @@ def require(config: Config) -> None:
             f"distributed.context_parallel_size={d.context_parallel_size} : its attention runs on GPUs alone "
             "(allowed: 1)"
         )
-    if d.method.startswith("deepspeed"):
-        from accelerate.utils import is_deepspeed_available
-
-        if not is_deepspeed_available():
-            raise ConfigError(
-                f"distributed={d.method} : needs the package deepspeed (pip install --no-build-isolation "
-                "'sft-lab[deepspeed]'; allowed without it: distributed=ddp, fsdp2)"
-            )
 
 
 def doubts(config: Config) -> str:

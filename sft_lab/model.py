@@ -25,12 +25,26 @@ class Precision:
     why: str
 
 
-def resolve_precision(config: Config) -> Precision:
-    """What `trainer.precision` and `model.dtype` come to on this machine, and why.
-
-    Raises:
-        ConfigError: the machine cannot compute in what was asked for.
+def require_machine(config: Config) -> None:
     """
+    Raises:
+        ConfigError: this machine cannot compute in what was asked for, or has not the attention.
+    """
+    import torch
+
+    asked, gpu = config.trainer.precision, torch.cuda.is_available()
+    if asked == "fp16" and not gpu:
+        raise ConfigError(
+            "trainer.precision=fp16 : needs a GPU, its loss scaling has none to run on (allowed: auto, fp32, bf16)"
+        )
+    if asked == "bf16" and gpu and not torch.cuda.is_bf16_supported():
+        device = torch.cuda.get_device_name(0)
+        raise ConfigError(f"trainer.precision=bf16 : {device} has no bfloat16 (allowed: auto, fp32, fp16)")
+    _require_flash_attention(config.model.attn_implementation)
+
+
+def resolve_precision(config: Config) -> Precision:
+    """What `trainer.precision` and `model.dtype` come to on this machine, and why."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -41,12 +55,6 @@ def resolve_precision(config: Config) -> Precision:
         training, why = (
             ("bf16", f"{device} computes in bfloat16") if bf16 else ("fp32", f"{device} is fastest in float32")
         )
-    if training == "fp16" and not gpu:
-        raise ConfigError(
-            "trainer.precision=fp16 : needs a GPU, its loss scaling has none to run on (allowed: auto, fp32, bf16)"
-        )
-    if training == "bf16" and gpu and not bf16:
-        raise ConfigError(f"trainer.precision=bf16 : {device} has no bfloat16 (allowed: auto, fp32, fp16)")
     dtype = config.model.dtype
     if dtype == "auto":
         # Without an adapter the weights themselves are trained, and AdamW's small steps vanish in 16 bits.
@@ -56,14 +64,9 @@ def resolve_precision(config: Config) -> Precision:
 
 
 def resolve_attention(config: Config) -> str:
-    """What `model.attn_implementation=auto` comes to: for packed rows, the one that pays for each document alone.
-
-    Raises:
-        ConfigError: this machine has not what was asked for.
-    """
+    """What `model.attn_implementation=auto` comes to: for packed rows, the one that pays for each document alone."""
     asked = config.model.attn_implementation
     if asked != "auto":
-        _require_flash_attention(asked)
         return asked
     if not _has_sdpa(config.model.path, config.model.revision, config.model.trust_remote_code):
         return "eager"
@@ -154,10 +157,12 @@ def load_model(config: Config) -> Any:
     """The base model on its device, quantised if asked for, without an adapter; of one load where trials share it.
 
     Raises:
+        ConfigError: this machine cannot do what is asked for.
         RunError: it cannot be had, from the hub or from disk.
     """
     from transformers import AutoModelForCausalLM
 
+    require_machine(config)
     attention.register()
     model, precision = config.model, resolve_precision(config)
     arguments: dict[str, Any] = {

@@ -34,14 +34,21 @@ def check(config: Config, data: Prepared, run: RunDirectory) -> Report:
     return report
 
 
-def examine(config: Config, data: Prepared, run: RunDirectory) -> Report:
-    """Everything that can be said of a prepared run before it costs anything."""
-    models.resolve_precision(config)
+def examine(config: Config, data: Prepared, run: RunDirectory, elsewhere: bool = False) -> Report:
+    """Everything that can be said of a prepared run before it costs anything.
+
+    Args:
+        elsewhere: another machine is to train it, which examines it again; of this one nothing is asked.
+
+    Raises:
+        ConfigError: a package that it needs is not installed, or the machine cannot do what is asked for.
+        PreflightError: the adapter does not fit the architecture.
+    """
     distributed.require(config)
     tracking.require(config.tracking)
     report = Report(config.preflight.allow)
-    if doubts := distributed.doubts(config):
-        report.add("distributed", "error", doubts)
+    if not elsewhere:
+        _machine(config, report)
     findings.of_data(config, data, report)
     _model(config, data, report)
     _steps(config, data, report)
@@ -51,6 +58,13 @@ def examine(config: Config, data: Prepared, run: RunDirectory) -> Report:
     report.numbers["config"] = {name: part for name, part in configs.to_dict(config).items() if name != "sweep"}
     _unknown_names(config, report)
     return report
+
+
+def _machine(config: Config, report: Report) -> None:
+    models.require_machine(config)
+    distributed.require_machine(config)
+    if doubts := distributed.doubts(config):
+        report.add("distributed", "error", doubts)
 
 
 def _unknown_names(config: Config, report: Report) -> None:

@@ -34,6 +34,8 @@ class Sweeper(Protocol):
     def directory(self) -> SweepDirectory: ...
     @property
     def settings(self) -> SweepConfig: ...
+    @property
+    def elsewhere(self) -> bool: ...
     def launch(self, trials: Sequence[Trial], watch: Watch) -> None: ...
 
 
@@ -83,7 +85,7 @@ def drawn_up(candidates: Iterable[Candidate], sweeper: Sweeper, told: Callable[[
     if "WANDB_SWEEP_ID" in os.environ:
         raise ConfigError("-m : under a W&B agent all trials would be the one run that it began (allowed: no -m)")
     with run_log():
-        plan = plans.draw_up(candidates, sweep, settings.on_bad_trial)
+        plan = plans.draw_up(candidates, sweep, settings.on_bad_trial, sweeper.elsewhere)
         require_objective(settings, plan.trials)
         if told is None:
             plans.tell(plan, sweep)

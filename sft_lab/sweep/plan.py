@@ -53,6 +53,7 @@ class Plan:
     trials: list[Trial] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)  # {overrides, reason} of trials that cannot run
     merged: int = 0
+    elsewhere: bool = False  # whether other machines than this one are to train them
     prepared: Preparations = field(default_factory=Preparations)
 
     @property
@@ -60,19 +61,22 @@ class Plan:
         return [trial for trial in self.trials if not trial.outcome.done]
 
 
-def draw_up(candidates: Iterable[Candidate], sweep: SweepDirectory, on_bad_trial: str) -> Plan:
+def draw_up(candidates: Iterable[Candidate], sweep: SweepDirectory, on_bad_trial: str, elsewhere: bool) -> Plan:
     """Check every candidate, the finished ones' data too.
+
+    Args:
+        elsewhere: other machines than this one are to train them.
 
     Raises:
         ConfigError: a trial that cannot run, with on_bad_trial=error; or none that can.
     """
-    plan, seen = Plan(), set()
+    plan, seen = Plan(elsewhere=elsewhere), set()
     for candidate in candidates:
         name = configs.trial_name(candidate.config) if candidate.config else None
         if name in seen:
             plan.merged += 1
             continue
-        trial = checked(candidate, sweep, plan.prepared)
+        trial = checked(candidate, sweep, plan.prepared, elsewhere)
         if trial is None:
             plan.left_out.append(left_out(candidate))
         else:
@@ -91,17 +95,17 @@ def left_out(candidate: Candidate) -> dict[str, Any]:
     return {"overrides": candidate.varied, "reason": "; ".join(candidate.problems)}
 
 
-def checked(candidate: Candidate, sweep: SweepDirectory, prepared: Preparations) -> Trial | None:
+def checked(candidate: Candidate, sweep: SweepDirectory, prepared: Preparations, elsewhere: bool) -> Trial | None:
     """The trial with its data and preflight; None where it cannot run, and `candidate.problems` says why."""
     if candidate.config is None:
         return None
     outcome = sweep.outcome(configs.trial_name(candidate.config))
     trial = Trial(candidate.config, candidate.varied, candidate.typed, outcome)
-    candidate.problems = _problems(trial, sweep, prepared)
+    candidate.problems = _problems(trial, sweep, prepared, elsewhere)
     return None if candidate.problems else trial
 
 
-def _problems(trial: Trial, sweep: SweepDirectory, prepared: Preparations) -> list[str]:
+def _problems(trial: Trial, sweep: SweepDirectory, prepared: Preparations, elsewhere: bool) -> list[str]:
     """What keeps a trial from running; fills in its data and report where nothing does."""
     try:
         data = prepared.of(trial.config)
@@ -110,7 +114,7 @@ def _problems(trial: Trial, sweep: SweepDirectory, prepared: Preparations) -> li
         if recorded not in (None, data.facts["data_fingerprint"]):
             return [f"{run.path} holds a run on data that has changed since (allowed: another sweep.name)"]
         if not trial.outcome.done:
-            trial.data, trial.report = data, preflight.examine(trial.config, data, run)
+            trial.data, trial.report = data, preflight.examine(trial.config, data, run, elsewhere)
             return trial.report.errors
     except (ConfigError, PreflightError) as error:
         return error.problems
@@ -162,42 +166,45 @@ def _rows(plan: Plan) -> list[list[str]]:
     rows = []
     for trial in plan.trials[:_LISTED]:
         numbers = trial.report.numbers if trial.report else {}
-        seconds = f"{cost.training_s(trial.config, numbers):.0f}" if numbers else ""
+        seconds = "" if plan.elsewhere or not numbers else f"{cost.training_s(trial.config, numbers):.0f}"
         rows.append([trial.label, _what_becomes(trial.outcome), str(numbers.get("steps", "")), seconds])
     return rows
+
+
+def _hours(plan: Plan, parts: Iterable[tuple[Trial, float]]) -> str:
+    """Of so much of each trial, in words; nothing where other machines train, whose speed nobody knows here."""
+    if plan.elsewhere:
+        return ""
+    seconds = sum(cost.training_s(trial.config, trial.report.numbers) * part for trial, part in parts if trial.report)
+    return f"about {seconds / 3600:.2g} h of training one after another, "
 
 
 def summary(plan: Plan, sweep: SweepDirectory) -> str:
     """The whole cost: trials, steps, hours and disk."""
     left = plan.to_run
-    steps = sum(trial.report.numbers["steps"] - trial.outcome.step for trial in left if trial.report)
-    seconds = sum(
-        cost.training_s(trial.config, trial.report.numbers) * (1 - trial.outcome.step / trial.report.numbers["steps"])
-        for trial in left
-        if trial.report
-    )
+    of_steps = [(trial, trial.report.numbers["steps"]) for trial in left if trial.report]
+    steps = sum(of - trial.outcome.step for trial, of in of_steps)
+    hours = _hours(plan, ((trial, 1 - trial.outcome.step / of) for trial, of in of_steps))
     counts = [f"{len(left)} to train", f"{len(plan.trials) - len(left)} done"]
     counts += [f"{plan.merged} the same as another"] if plan.merged else []
     counts += [f"{len(plan.left_out)} left out"] if plan.left_out else []
     return (
-        f"sweep {sweep.name}: {len(plan.trials)} trials ({', '.join(counts)}); {steps} steps, about "
-        f"{seconds / 3600:.2g} h of training one after another, {_disk_bytes(left) / 1e6:.0f} MB of "
-        f"{_free_bytes(sweep) / 1e9:.0f} GB free; in {sweep.path}"
+        f"sweep {sweep.name}: {len(plan.trials)} trials ({', '.join(counts)}); {steps} steps, {hours}"
+        f"{_disk_bytes(left) / 1e6:.0f} MB of {_free_bytes(sweep) / 1e9:.0f} GB free; in {sweep.path}"
     )
 
 
 def cost_of_search(plan: Plan, sweep: SweepDirectory, n_trials: int, left: int) -> str:
     """The same of trials that are not known yet, as the corners of their space are on average."""
-    reports = [(trial.config, trial.report.numbers) for trial in plan.trials if trial.report]
+    reports = [trial.report.numbers for trial in plan.trials if trial.report]
     if not reports:
         return f"search {sweep.name}: {n_trials} trials ({left} to train); in {sweep.path}"
     share = left / len(reports)
-    steps = sum(numbers["steps"] for _, numbers in reports) * share
-    hours = sum(cost.training_s(config, numbers) for config, numbers in reports) * share / 3600
-    disk = sum(numbers["disk_bytes"] for _, numbers in reports) * share
+    steps, disk = (sum(numbers[key] for numbers in reports) * share for key in ("steps", "disk_bytes"))
+    hours = _hours(plan, ((trial, share) for trial in plan.trials))
     return (
-        f"search {sweep.name}: {n_trials} trials ({left} to train); about {steps:.0f} steps, {hours:.2g} h of training "
-        f"one after another, {disk / 1e6:.0f} MB of {_free_bytes(sweep) / 1e9:.0f} GB free; in {sweep.path}"
+        f"search {sweep.name}: {n_trials} trials ({left} to train); about {steps:.0f} steps, {hours}"
+        f"{disk / 1e6:.0f} MB of {_free_bytes(sweep) / 1e9:.0f} GB free; in {sweep.path}"
     )
 
 

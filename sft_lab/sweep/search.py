@@ -203,7 +203,7 @@ class OptunaSweeper(GridSweeper):
         varied = [f"{key}={asked.params[key]}" for key in self.space]
         candidate = self.compose([*self.fixed, *varied], varied)
         with run_log():
-            trial = plans.checked(candidate, self.directory, self.prepared)
+            trial = plans.checked(candidate, self.directory, self.prepared, self.elsewhere)
         if trial is None:
             say(f"left out: {' '.join(varied)}: {'; '.join(candidate.problems)}")
             asked.set_user_attr(_CANNOT_RUN, True)

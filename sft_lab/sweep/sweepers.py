@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -17,9 +18,9 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from sft_lab import command_line
+from sft_lab import command_line, outside
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError, Interrupted, Leave, RunError, SftLabError
 from sft_lab.schema import SweepConfig
@@ -34,6 +35,7 @@ _EXTRAS = {  # of the classes in conf/hydra/launcher/
     f"{command_line.SWEEPERS}SlurmLauncher": ("slurm", "launchers"),
     "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher": ("ray", "ray"),
 }
+_HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher", "RayLauncher")  # they start processes of this machine
 
 
 def register() -> None:
@@ -125,6 +127,34 @@ class GridSweeper(Sweeper):
         return isinstance(self.launcher, BasicLauncher)
 
     @functools.cached_property
+    def elsewhere(self) -> bool:
+        """Whether the launcher has other machines train, such as a cluster's; of an unknown one that is assumed."""
+        launcher = self.config.hydra.launcher
+        joins = OmegaConf.select(launcher, "ray.init.address") or os.environ.get("RAY_ADDRESS")
+        kind = str(launcher._target_).rpartition(".")[2]
+        return kind not in _HERE or (kind == "RayLauncher" and bool(joins))
+
+    def _processes(self) -> int:
+        """What distributed.num_processes=0 comes to where trials train, whichever machine plans them.
+
+        Raises:
+            ConfigError: nobody says it.
+        """
+        if not self.elsewhere:
+            return outside.processes()
+        keys = ("nodes", "tasks_per_node", "gpus_per_node")
+        nodes, tasks, gpus = (OmegaConf.select(self.config.hydra.launcher, key) for key in keys)
+        each = tasks if tasks and tasks > 1 else gpus  # tasks that share a node are ranks, one alone starts one a GPU
+        if not each or not isinstance(each, int):
+            also = ", hydra.launcher.gpus_per_node=N" if "gpus_per_node" in self.config.hydra.launcher else ""
+            raise ConfigError(
+                "distributed.num_processes=0 : is one a GPU where trials train, and hydra/launcher="
+                f"{self.config.hydra.runtime.choices['hydra/launcher']} does not say how many those are "
+                f"(allowed: distributed.num_processes=N{also})"
+            )
+        return (nodes or 1) * each
+
+    @functools.cached_property
     def directory(self) -> SweepDirectory:
         return SweepDirectory(str(self.config.hydra.sweep.dir))
 
@@ -136,7 +166,7 @@ class GridSweeper(Sweeper):
         """A trial's config as Hydra would compose it for a job, or what is wrong with it."""
         try:
             cfg = self.loader.load_sweep_config(self.config, list(words))
-            config = configs.to_config(cfg)
+            config = configs.to_config(cfg, self._processes)
         except ConfigError as error:
             return Candidate(list(varied), list(words), None, error.problems)
         except configs.COMPOSE_ERRORS as error:
