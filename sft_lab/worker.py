@@ -99,17 +99,17 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
         SftLabError: what ended the run, on whichever rank it happened.
     """
     group, config = meeting.group, configs.load(run.config)
-    _fetch(config, meeting)
-    if each > 1:
-        agent.run(config, run, group.index, group.count, group.address, group.port + 1)
-        return
-    os.environ.update(group.as_rank())
     try:
-        take_part(run, stop, meeting)
+        _fetch(config, meeting)
+        if each > 1:
+            agent.run(config, run, group.index, group.count, group.address, group.port + 1)
+        else:
+            os.environ.update(group.as_rank())
+            take_part(run, stop, meeting)
     except Exception as error:
-        run.raise_verdict()  # another rank's end has ended this one
-        if isinstance(error, SftLabError):
-            run.write_verdict(error)
+        run.raise_verdict()  # another's end has ended this one
+        told = f"process {group.index} failed: {type(error).__name__}: {error}"
+        run.write_verdict(error if isinstance(error, SftLabError) else RunError(told))
         raise
 
 

@@ -19,17 +19,17 @@ from sft_lab import embedded
 from sft_lab.runs import RunDirectory
 from tests.distributed.starting import TWENTY, adapter, environment
 from tests.fake_hub import COMMIT, FakeHub
-from tests.test_run import check
+from tests.test_run import check, read
 
 pytestmark = pytest.mark.e2e
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def torchrun(
-    path: Path, *words: str, ranks: int = 2, options: tuple[str, ...] = ("--standalone",)
+    path: Path, *words: str, ranks: int = 2, options: tuple[str, ...] = ("--standalone",), shims: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     command = [*TORCHRUN, *options, "--nproc_per_node", str(ranks), "-m", "sft_lab", *words]
-    env = {**os.environ, **environment()}
+    env = {**os.environ, **environment(*shims)}
     return subprocess.run(command, cwd=path, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -83,6 +83,18 @@ def test_what_leaves_early_takes_the_others_along(words: list[str], tmp_path: Pa
     done = torchrun(tmp_path, *words)
     assert "usage: sft_lab" in done.stdout + done.stderr
     assert done.returncode == (0 if "--help" in words else 1)
+
+
+@pytest.mark.slow
+def test_what_the_second_rank_failed_of_is_what_the_run_tells(tmp_path: Path) -> None:
+    """The first one sees no more than that the connection to it is closed."""
+    words = [*TWENTY, "distributed=ddp", "hydra.run.dir=run"]
+    failed = torchrun(tmp_path, *words, shims=("second_rank_fails",))
+    told = "process 1 failed: ValueError: nobody foresaw this"
+    assert failed.returncode == 1
+    assert f"sft_lab: {told}\n" in failed.stderr
+    status = read(tmp_path / "run" / "status.json")
+    assert (status["state"], status["error"]) == ("failed", told)
 
 
 @pytest.mark.slow

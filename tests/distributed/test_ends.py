@@ -1,0 +1,60 @@
+"""How the ranks of a run end, and what who started them makes of it, without starting any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sft_lab import agent, outside, worker
+from sft_lab.callbacks import Stop
+from sft_lab.errors import RunError
+from sft_lab.meetings import Meeting
+from sft_lab.runs import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run that trains."""
+    found = RunDirectory(tmp_path)
+    found.set_status("running")
+    return found
+
+
+def joined(index: int) -> Meeting:
+    from torch.distributed import HashStore
+
+    return Meeting(outside.Group(index, 2, 0, "Slurm", "localhost", 0, nodes=2), HashStore())
+
+
+@pytest.mark.parametrize(
+    ("each", "error", "told"),
+    [
+        pytest.param(1, ValueError("unforeseen"), "process 1 failed: ValueError: unforeseen", id="a rank"),
+        pytest.param(1, RunError("loss is nan"), "loss is nan", id="a rank that knows why"),
+        pytest.param(
+            8, RunError("rank 9 was killed by SIGKILL"), "rank 9 was killed by SIGKILL", id="a node that starts its ranks"
+        ),
+    ],
+)  # fmt: skip
+def test_the_first_process_learns_what_another_failed_of(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, each: int, error: Exception, told: str
+) -> None:
+    """It has only seen that a connection is closed."""
+    monkeypatch.setattr("os.environ", {})
+    monkeypatch.setattr("sft_lab.config.load", lambda _: None)
+
+    def fails(with_: Exception) -> None:
+        def end(*_: object) -> None:
+            raise with_
+
+        monkeypatch.setattr(agent, "run", end)
+        monkeypatch.setattr(worker, "take_part", end)
+
+    fails(error)
+    with pytest.raises(type(error)):
+        worker.join(joined(1), run, each, Stop())
+    fails(RuntimeError("Connection closed by peer"))
+    with pytest.raises(RunError) as caught:
+        worker.join(joined(0), run, each, Stop())
+    assert str(caught.value) == told
