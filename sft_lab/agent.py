@@ -21,6 +21,8 @@ from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 
+log = logging.getLogger("sft_lab")
+
 _WORKER = "sft_lab.worker"
 _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds
 
@@ -32,7 +34,7 @@ def run(config: Config, run: RunDirectory, node: int = 0, nodes: int = 1, addres
         node: which of `nodes` machines this is, whose ranks meet at `address` and `port`, on the first of them.
 
     Raises:
-        RunError: a rank failed or died, more often than distributed.max_restarts.
+        RunError: a rank failed or died before the run was complete, more often than distributed.max_restarts.
         Interrupted: a signal ended it.
         Pruned: a search has given the trial up.
     """
@@ -47,7 +49,9 @@ def run(config: Config, run: RunDirectory, node: int = 0, nodes: int = 1, addres
         except ChildFailedError as error:
             died = _how(error)
     run.raise_verdict()
-    if died:
+    if died and run.completed:
+        log.warning("%s, after the run was complete", died)
+    elif died:
         raise RunError(died)
 
 

@@ -217,6 +217,11 @@ class RunDirectory:
             self.spend_reserve()
         write_json(self.status, status)
 
+    @property
+    def completed(self) -> bool:
+        """Whether it has come to its end, which nothing that happens to its processes afterwards changes."""
+        return self.status.exists() and bool(read_json(self.status)["state"] == "completed")
+
     def append_metrics(self, event: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")

@@ -51,7 +51,7 @@ def _die_with(parent: int) -> None:
 
 
 def _work(run: RunDirectory) -> int:
-    if run.verdict.exists():  # a rank knew that starting again changes nothing
+    if run.completed or run.verdict.exists():  # or a rank knew that starting again changes nothing
         return 0
     stop = Stop()
     with stop.listening(), run_log(terminal=os.environ["RANK"] == "0") as messages:
@@ -61,7 +61,7 @@ def _work(run: RunDirectory) -> int:
         except Interrupted as error:
             log.info("rank %s: %s", os.environ["RANK"], error, exc_info=True)
             # Who starts ranks has written down what they were to hear; and ends them by SIGTERM for another's death.
-            return 0 if run.verdict.exists() else 1
+            return 0 if run.completed or run.verdict.exists() else 1
         except Pruned as error:
             run.write_verdict(error)
             return 0
@@ -76,7 +76,7 @@ def _work(run: RunDirectory) -> int:
 
 
 def take_part(run: RunDirectory, stop: Stop, meeting: Meeting | None) -> None:
-    """Train as one of the ranks; raises as `train.run` does.
+    """Train as one of the ranks; raises as `train.run` does, but for what goes wrong once the run is complete.
 
     Args:
         meeting: where the ranks find each other; None for one that is alone.
@@ -88,8 +88,13 @@ def take_part(run: RunDirectory, stop: Stop, meeting: Meeting | None) -> None:
     ranks.begin(d.num_processes, d.timeout_min, meeting.ranks(d.timeout_min) if meeting else None)
     if not ranks.leads():
         console.console.quiet = True
-    train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks_of(run))
-    ranks.end()
+    try:
+        train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks_of(run))
+        ranks.end()
+    except Exception as error:
+        if isinstance(error, Interrupted) or not run.completed:
+            raise
+        log.warning("rank %s, after the run was complete: %s", os.environ["RANK"], error, exc_info=True)
 
 
 def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:

@@ -11,6 +11,7 @@ from sft_lab.callbacks import Stop
 from sft_lab.errors import RunError
 from sft_lab.meetings import Meeting
 from sft_lab.runs import RunDirectory
+from sft_lab.schema import Config
 
 
 @pytest.fixture
@@ -58,3 +59,31 @@ def test_the_first_process_learns_what_another_failed_of(
     with pytest.raises(RunError) as caught:
         worker.join(joined(0), run, each, Stop())
     assert str(caught.value) == told
+
+
+def test_ranks_of_a_complete_run_are_not_started_again(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "take_part", lambda *_: pytest.fail("it trains"))
+    run.set_status("completed")
+    assert worker._work(run) == 0
+
+
+@pytest.mark.parametrize("state", ["running", "completed"])
+def test_what_fails_after_the_end_fails_no_run(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """Ranks that leave each other, say, when one has gone already."""
+
+    def end() -> None:
+        run.set_status(state)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("RANK", "0")
+    for name, nothing in {"sft_lab.config.load": Config(), "sft_lab.data.prepared.Prepared.load": None}.items():
+        monkeypatch.setattr(name, lambda *_, nothing=nothing: nothing)
+    monkeypatch.setattr("sft_lab.ranks.begin", lambda *_: None)
+    monkeypatch.setattr("sft_lab.train.run", lambda *_: None)
+    monkeypatch.setattr("sft_lab.ranks.end", end)
+    if state == "completed":
+        assert worker._work(run) == 0
+        assert "rank 0, after the run was complete: Connection closed by peer" in run.log.read_text()
+    else:
+        with pytest.raises(RuntimeError):
+            worker._work(run)

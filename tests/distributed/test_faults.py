@@ -140,6 +140,17 @@ def test_what_fails_the_same_way_again_is_not_started_again(tmp_path: Path, cli:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_run_that_is_complete_stays_so_whatever_becomes_of_a_rank(restarts: int, tmp_path: Path, cli: Cli) -> None:
+    words = [*TWO, "trainer.max_steps=4", f"distributed.max_restarts={restarts}"]
+    done = check(cli(*words, env=environment("second_rank_dies_last")))
+    assert done.stdout.count("distributed: 2 ranks") == 1
+    status = read(tmp_path / "run" / "status.json")
+    assert (status["state"], status["error"], status["step"]) == ("completed", None, 4)
+    assert ("rank 1 was killed by SIGKILL, after the run was complete" in done.stderr) == (not restarts)
+
+
+@pytest.mark.slow
 def test_a_second_signal_waits_for_nobody(tmp_path: Path, undisturbed: bytes, cli: Cli) -> None:
     """A rank that hangs never comes to the end of its step: who asks twice wants the end at once."""
     process = start(TWO, tmp_path, environment())
