@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from sft_lab.callbacks import STOPPING
+from sft_lab.callbacks import STOPPING, echoes
 from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
@@ -122,10 +122,12 @@ def _environment(name: str, value: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _passing_signals_on(run: RunDirectory) -> Iterator[None]:
     """The ranks save at the end of their step; the second signal kills them."""
-    heard = False
+    heard, is_echo = False, echoes()
 
     def pass_on(signum: int, frame: Any) -> None:
         nonlocal heard
+        if is_echo():
+            return
         run.write_verdict(Interrupted(signum))  # so that none that dies of it is started again
         for process in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -162,13 +162,15 @@ class Stop(TrainerCallback):
     """SIGINT, SIGTERM, and SIGUSR1 or SIGUSR2, by which a cluster warns of the end: in training, save at the end of the
     step and leave; elsewhere, or the second time, at once.
 
-    Of several ranks each may hear it in another step, or some alone: they agree at the end of each step. A second
-    signal is nothing to them, since who started them passes on what they have heard already.
+    What comes again within a second is the same one: a terminal and a launcher may both have passed it on. Of several
+    ranks each may hear it in another step, or some alone: they agree at the end of each step. A second signal is
+    nothing to them, since who started them passes on what they have heard already.
     """
 
     def __init__(self) -> None:
         self.signum = 0
         self._training = False
+        self._is_echo = echoes()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -180,6 +182,8 @@ class Stop(TrainerCallback):
                 signal.signal(signum, handler)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
+        if self._is_echo():
+            return
         if not self._training or (self.signum and not ranks.together()):
             raise Interrupted(signum)
         self.signum = self.signum or signum
@@ -200,6 +204,20 @@ class Stop(TrainerCallback):
         (heard,) = ranks.agreed(self.signum)
         if heard:
             raise Interrupted(heard)
+
+
+def echoes() -> Callable[[], bool]:
+    """A function to be called at each signal, which says whether it is one that was heard less than a second ago."""
+    heard_at = -math.inf
+
+    def is_echo() -> bool:
+        nonlocal heard_at
+        if time.monotonic() - heard_at < 1:
+            return True
+        heard_at = time.monotonic()
+        return False
+
+    return is_echo
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sft_lab import agent, distributed, drift, meetings, outside, preflight, provenance, train, worker
+from sft_lab import agent, drift, meetings, outside, preflight, provenance, train, worker
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab.callbacks import Stop
@@ -22,7 +22,7 @@ from sft_lab.data.prepared import Prepared
 from sft_lab.errors import ConfigError, Interrupted, PreflightError, Pruned, RunError, SftLabError
 from sft_lab.findings import Report
 from sft_lab.logs import RunLog, run_log
-from sft_lab.runs import RunDirectory, now, read_json, write_json, write_text
+from sft_lab.runs import RunDirectory, now, write_json, write_text
 from sft_lab.schema import Config
 
 log = logging.getLogger("sft_lab")
@@ -75,7 +75,7 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
         ConfigError: something else has.
     """
     run.lock()
-    if run.status.exists() and read_json(run.status)["state"] == "completed":
+    if run.completed:
         say(f"{run.path} is complete, there is nothing to go on with")
         run.unlock()
         return
@@ -84,9 +84,8 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
         config = configs.load(run.config)
         try:
             outside.require_room(config.distributed)
-            distributed.require(config)
+            preflight.check_again(config, run)
             drift.require_none(run, config, allowed)
-            preflight.require_disk(config, run)
             run.keep_reserve()
         except SftLabError:
             run.unlock()
@@ -160,7 +159,7 @@ def _recorded(run: RunDirectory, messages: RunLog) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if read_json(run.status)["state"] == "completed":
+        if run.completed:
             raise
         if isinstance(error, Pruned):
             run.set_status("interrupted", error=str(error), step=error.step, pruned_at_step=error.step)

@@ -67,12 +67,11 @@ class Group:
         return 1 if bound else self.local_count
 
     def as_rank(self) -> dict[str, str]:
-        """The environment of a rank, as torch.distributed reads it; what it needs of the hub was fetched before."""
+        """The environment of a rank, as torch.distributed reads it."""
         import torch
 
         gpus = torch.cuda.device_count()  # one alone, where Slurm binds each task to its own
         return {
-            "HF_HUB_OFFLINE": "1",
             "RANK": str(self.index),
             "WORLD_SIZE": str(self.count),
             "LOCAL_RANK": str(self.local_index % gpus if gpus else self.local_index),

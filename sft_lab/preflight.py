@@ -157,16 +157,18 @@ def _short_of_disk(needed: int, run: RunDirectory) -> str:
     return f"checkpoints and adapter need {needed - saved} bytes, {place} has {free}"
 
 
-def require_disk(config: Config, run: RunDirectory) -> None:
-    """For a run that goes on.
+def check_again(config: Config, run: RunDirectory) -> None:
+    """What a run that goes on needs of this machine, which may be another one, or fuller.
 
     Raises:
+        ConfigError: a package is not installed, or the machine cannot do what is asked for.
         PreflightError: what is still to be saved has no room.
     """
-    if not run.preflight.is_file():  # it ended before its checks were written down, and is checked anew
-        return
     report = Report(config.preflight.allow)
-    if short := _short_of_disk(read_json(run.preflight)["disk_bytes"], run):
+    distributed.require(config)
+    _machine(config, report)
+    recorded = read_json(run.preflight) if run.preflight.is_file() else {"disk_bytes": 0}  # else it is checked anew
+    if short := _short_of_disk(recorded["disk_bytes"], run):
         report.add("disk_full", "error", short)
     if report.errors:
         raise PreflightError(report.errors)

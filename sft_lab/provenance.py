@@ -179,11 +179,7 @@ def hardware() -> dict[str, Any]:
 
 
 def resolved(config: Config) -> dict[str, str]:
-    """What keys whose value may be `auto` come to on this machine.
-
-    Raises:
-        ConfigError: it cannot do what they ask for.
-    """
+    """What keys whose value may be `auto` come to on this machine."""
     precision = models.resolve_precision(config)
     return {
         "trainer.precision": precision.training,

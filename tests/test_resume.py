@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import psutil
@@ -108,6 +109,7 @@ def test_a_signal_saves_and_resume_goes_on(
 ) -> None:
     process = start([*SIXTY, "tracking=none", "hydra.run.dir=run"], tmp_path)
     wait_for_step(process, 10)
+    process.send_signal(signum)  # as a terminal and a launcher in between both do
     assert kill(process, signum) == code
     status = read(tmp_path / "run" / "status.json")
     assert status["state"] == "interrupted"
@@ -225,6 +227,13 @@ def test_what_has_changed_since_is_refused_by_name(tmp_path: Path, cli: Cli, mai
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, rows[0]]))
     refused = check(main("resume", "run"), code=2)
     assert "the data is not what this run trains on (--allow data goes on nevertheless)" in refused.stderr
+    run.config.write_text(config.replace("precision: auto", "precision: fp16"))
+    assert "trainer.precision=fp16 : needs a GPU" in check(main("resume", "run"), code=2).stderr
+    run.config.write_text(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(10, 9, 1))
+        assert "disk_full : checkpoints and adapter need" in check(main("resume", "run"), code=2).stderr
+
     with open(tmp_path / "base" / "model.safetensors", "r+b") as weights:
         weights.seek(-1, os.SEEK_END)
         last = weights.read(1)[0]
