@@ -6,6 +6,7 @@ a CPU trains as DDP does. So nothing is believed: `prove` looks at the wrapped m
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -212,13 +213,28 @@ def _prove_ddp(config: Config, trainer: Any) -> str:
 
 
 def _prove_fsdp2(config: Config, trainer: Any) -> str:
-    from torch.distributed.tensor import DTensor
-
+    d = config.distributed
     parameters = list(trainer.model_wrapped.parameters())
-    sharded = [p for p in parameters if isinstance(p, DTensor) and any(place.is_shard() for place in p.placements)]
+    parts = [_parts(parameter) for parameter in parameters]
+    sharded = [number for number in parts if number]
     if len(sharded) < len(parameters):
         raise _otherwise(config, f"{len(sharded)} of {len(parameters)} parameters are sharded")
-    return f"{len(sharded)} of {len(parameters)} parameters sharded (DTensor)"
+    wanted = (d.shard_size or d.replicas) * d.context_parallel_size  # a row's ranks share weights too
+    if set(sharded) != {wanted}:
+        found = ", ".join(str(number) for number in sorted(set(sharded)))
+        raise _otherwise(config, f"parameters are sharded over {found} of {d.num_processes} ranks, not over {wanted}")
+    return f"{len(sharded)} of {len(parameters)} parameters sharded over {wanted} of {d.num_processes} ranks (DTensor)"
+
+
+def _parts(parameter: Any) -> int:
+    """Ranks that share one copy of it, 0 where each holds it whole."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return 0
+    dimensions = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    cut = [size for size, placement in dimensions if placement.is_shard()]
+    return math.prod(cut) if cut else 0
 
 
 def _prove_fsdp1(config: Config, trainer: Any) -> str:

@@ -30,14 +30,15 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FSDP2 = ["distributed=fsdp2", "preflight.allow=[distributed]"]
+SHARDED = r"(\d+) of \1 parameters sharded"
 METHODS = {
     "ddp 2": (["distributed=ddp"], 2, "gradients averaged by DistributedDataParallel"),
-    "fsdp2": (FSDP2, 2, r"(\d+) of \1 parameters sharded \(DTensor\)"),
+    "fsdp2": (FSDP2, 2, rf"{SHARDED} over 2 of 2 ranks \(DTensor\)"),
     "ddp 4": (["distributed=ddp"], 4, "gradients averaged by DistributedDataParallel"),
     "fsdp2 sharded": (
-        [*FSDP2, "distributed.state_dict_type=SHARDED_STATE_DICT"], 2, r"(\d+) of \1 parameters sharded \(DTensor\)"
+        [*FSDP2, "distributed.state_dict_type=SHARDED_STATE_DICT"], 2, rf"{SHARDED} over 2 of 2 ranks \(DTensor\)"
     ),
-    "fsdp2 hybrid": ([*FSDP2, "distributed.shard_size=2"], 4, r"(\d+) of \1 parameters sharded \(DTensor\)"),
+    "fsdp2 hybrid": ([*FSDP2, "distributed.shard_size=2"], 4, rf"{SHARDED} over 2 of 4 ranks \(DTensor\)"),
     "zero1": (["distributed=deepspeed_zero1"], 2, "DeepSpeed ZeRO stage 1"),
     "zero2": (["distributed=deepspeed_zero2"], 2, "DeepSpeed ZeRO stage 2"),
     "zero3": (["distributed=deepspeed_zero3"], 2, r"DeepSpeed ZeRO stage 3, (\d+) of \1 parameters partitioned"),
