@@ -126,16 +126,15 @@ def hides_head(config: Config, base: Any) -> bool:
 
 
 def keep_precision(trainer: Any) -> None:
-    """Under FSDP2 in bf16, keep what the model returns in fp32: Accelerate would round the log-probabilities."""
+    """Under FSDP2 in bf16, leave what modules return as it is: bf16 between layers, log-probabilities in fp32, which
+    Accelerate would round."""
     import torch
 
     if not trainer.is_fsdp_enabled or not trainer.args.bf16:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version == 2:
-        plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, output_dtype=torch.float32
-        )
+        plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 
 def _fsdp(config: Config) -> dict[str, Any]:
