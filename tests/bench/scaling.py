@@ -20,6 +20,9 @@ _WORDS = [
 ]  # fmt: skip
 _TWO = ["distributed=ddp", "distributed.num_processes=2"]
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+_OURS = "2 processes, our launch"
+_JOINED = "2 processes, torchrun"
+_PREPARED = "2 processes, torchrun on a prepared run"
 _ROUNDS = 3
 
 
@@ -28,9 +31,9 @@ def scaling() -> None:
     ours = [sys.executable, "-m", "sft_lab"]
     ways = {
         "1 process": [*ours, *_WORDS],
-        "2 processes, our launch": [*ours, *_WORDS, *_TWO],
-        "2 processes, torchrun": [*_TORCHRUN, "-m", "sft_lab", *_WORDS, *_TWO],
-        "2 processes, torchrun on a prepared run": [],  # of the second: the very script that its ranks are
+        _OURS: [*ours, *_WORDS, *_TWO],
+        _JOINED: [*_TORCHRUN, "-m", "sft_lab", *_WORDS, *_TWO],
+        _PREPARED: [],  # of the second: the very script that its ranks are
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
@@ -46,6 +49,11 @@ def scaling() -> None:
         wall, steps = (_median(list(values)) for values in zip(*measured, strict=True))
         rows.append([name, f"{wall:.1f}", f"{steps:.1f}", f"{steps / alone:.2f}"])
     print_table(["tiny_llama, 32 rows a step, one thread a process", "wall s", "steps/s", "of 1 process"], rows)
+    rows = []
+    for name in (_JOINED, _PREPARED):
+        pairs = [(a, b) for (a, _), (b, _) in zip(found[_OURS], found[name], strict=True)]
+        rows.append([name, f"{_median([a - b for a, b in pairs]):.1f}", f"{_median([a / b for a, b in pairs]):.2f}"])
+    print_table(["our launch, in each round, against", "s more", "times as long"], rows)
 
 
 def _timed(command: list[str], env: dict[str, str], run: Path) -> tuple[float, float]:
