@@ -6,6 +6,7 @@ list of its files and their sizes, written last.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -23,9 +24,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as whole; called after its last file was written."""
-    sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
-    write_json(checkpoint / _SEAL, sizes)
+    """Mark a checkpoint as whole; called after its last file was written.
+
+    All of it is on the disk before the mark is: a machine that loses its power keeps sizes longer than contents.
+    """
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    write_json(checkpoint / _SEAL, {str(path.relative_to(checkpoint)): path.stat().st_size for path in files})
 
 
 def newest(run: RunDirectory) -> tuple[Path | None, list[str]]:

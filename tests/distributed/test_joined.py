@@ -44,7 +44,7 @@ def test_four_ranks_on_a_cold_cache_build_it_once(tmp_path: Path) -> None:
     for name, command in ways.items():
         folder = tmp_path / name
         folder.mkdir()
-        cold = {**os.environ, **environment("ranks_do_not_tokenize"), "SFT_LAB_CACHE": str(folder / "cold")}
+        cold = {**os.environ, **environment("ranks_only_train"), "SFT_LAB_CACHE": str(folder / "cold")}
         done = check(subprocess.run(command, cwd=folder, env=cold, capture_output=True, text=True, check=False))
         assert done.stdout.count("cache miss") == 1
         assert len(list((folder / "cold" / "data").glob("*/key.json"))) == 1
@@ -176,7 +176,7 @@ def test_a_machine_fetches_the_model_once_for_its_ranks(tmp_path: Path) -> None:
             "--master_port",
             str(_free_port()),
         ]
-        env = {**os.environ, **environment("ranks_do_not_tokenize"), **hub.environment}
+        env = {**os.environ, **environment("ranks_only_train"), **hub.environment}
         machines = [
             subprocess.Popen(
                 [*TORCHRUN, *meet, "--node_rank", str(node), "-m", "sft_lab", *words],
@@ -231,7 +231,7 @@ def test_two_nodes_are_one_run(tmp_path: Path) -> None:
             meet = ["--nnodes", "2", "--nproc_per_node", "2", "--node_rank", str(node)]
             meet += ["--master_addr", "10.77.0.1", "--master_port", "29555"]
             words = [*TWENTY, "distributed=ddp", "hydra.run.dir=run"]
-            env = {**os.environ, **environment("ranks_do_not_tokenize"), "GLOO_SOCKET_IFNAME": f"sft_v{name}"}
+            env = {**os.environ, **environment("ranks_only_train"), "GLOO_SOCKET_IFNAME": f"sft_v{name}"}
             env["SFT_LAB_CACHE"] = str(tmp_path / f"cache_{name}")
             command = ["ip", "netns", "exec", f"sft_{name}", *TORCHRUN, *meet, "-m", "sft_lab", *words]
             nodes.append(

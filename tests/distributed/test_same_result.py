@@ -17,7 +17,7 @@ from tests.test_resume import kill, start, wait_for_step
 from tests.test_run import check, lines, read
 
 pytestmark = pytest.mark.e2e
-SHIMS = {"ddp": "ranks_do_not_tokenize", "fsdp2": "fsdp_on_cpu", "zero": "deepspeed_without_compiler"}  # one at a time
+SHIMS = {"ddp": "ranks_only_train", "fsdp2": "fsdp_on_cpu", "zero": "deepspeed_without_compiler"}  # one at a time
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
