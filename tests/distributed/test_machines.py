@@ -72,7 +72,7 @@ def test_ranks_that_have_a_gpu_each_are_let_in(
     config = of(0)
     assert config.distributed.num_processes == ranks
     outside.require_room(config.distributed)
-    distributed.require(config)
+    distributed.require_machine(config)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_ranks_without_a_gpu_each_are_refused(
     here(machine, gpus, started)
     said = rf"^distributed\.num_processes={ranks} : needs {needed} GPUs here, {gpus} are visible"
     with pytest.raises(ConfigError, match=said):
-        distributed.require(of(ranks))
+        distributed.require_machine(of(ranks))
 
 
 @pytest.mark.parametrize(
