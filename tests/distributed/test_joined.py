@@ -17,6 +17,7 @@ import pytest
 
 from sft_lab import embedded
 from sft_lab.runs import RunDirectory
+from tests.conftest import Cli
 from tests.distributed.starting import TWENTY, adapter, environment
 from tests.fake_hub import COMMIT, FakeHub
 from tests.test_run import check, read
@@ -52,6 +53,30 @@ def test_four_ranks_on_a_cold_cache_build_it_once(tmp_path: Path) -> None:
     own, joined = (list((tmp_path / name / "outputs").glob("*/*")) for name in ways)
     assert len(own) == len(joined) == 1
     assert adapter(own[0]) == adapter(joined[0])
+
+
+def accelerate(path: Path, options: list[str], *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2"]
+    command, variables = [*launch, "-m", "sft_lab", *words], {**os.environ, **environment(), **env}
+    return subprocess.run(command, cwd=path, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_what_our_own_launch_gives(tmp_path: Path, cli: Cli) -> None:
+    words = [*TWENTY, "distributed=ddp"]
+    joined = accelerate(tmp_path, ["--multi_gpu"], *words, "hydra.run.dir=joined", ACCELERATE_USE_CPU="true")
+    assert "distributed: 2 ranks, gradients averaged by DistributedDataParallel" in check(joined).stdout
+    check(cli(*words, "distributed.num_processes=2", "hydra.run.dir=own", env=environment()))
+    assert adapter(tmp_path / "joined") == adapter(tmp_path / "own")
+
+
+@pytest.mark.slow
+def test_a_launch_that_quietly_starts_one_process_is_refused(tmp_path: Path) -> None:
+    """`--cpu` does, whatever the number it is given."""
+    refused = accelerate(tmp_path, ["--cpu"], *TWENTY, "distributed=ddp", "hydra.run.dir=run")
+    assert "sft_lab: distributed.num_processes=0 : is one a GPU, and there is none (allowed: " in refused.stderr
+    assert "returned non-zero exit status 2." in refused.stderr  # Accelerate's word on it; its own status is 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

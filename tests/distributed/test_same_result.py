@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import Cli
 from tests.distributed.starting import TOLERANCE, TWENTY, adapter, apart, environment
+from tests.distributed.test_joined import TORCHRUN
 from tests.test_resume import kill, start, wait_for_step
 from tests.test_run import check, lines, read
 
@@ -71,6 +76,73 @@ def test_the_adapter_is_that_of_one_process(name: str, tmp_path: Path, cli: Cli,
     assert sum(sizes.values()) < 4 * 200_000  # the base's parameters
 
 
+@pytest.fixture(scope="module")
+def single_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("single_nf4")
+    command = [sys.executable, "-m", "sft_lab", *TWENTY, "quant=nf4", "hydra.run.dir=run"]
+    check(subprocess.run(command, cwd=path, capture_output=True, text=True, check=False))
+    return path / "run"
+
+
+# SFTTrainer holds the adapter of a quantised base in bf16, which rounds by 2^-8 at most: a weight at each of 20 steps,
+# on either side, by chance up or down. Sums of gradients differ by as much, which moves a weight by that share of one
+# step. Ranks that do not average their gradients come to ten times the tolerance.
+BF16_TOLERANCE = (2 * 20) ** 0.5 * 2**-8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp 2", "fsdp2", "zero2"])
+def test_the_adapter_on_a_quantised_base_is_that_of_one_process(
+    name: str, tmp_path: Path, cli: Cli, single_nf4: Path
+) -> None:
+    words, ranks, proof = METHODS[name]
+    if name.startswith("zero") and not DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    env = environment(*[shim for method, shim in SHIMS.items() if name.startswith(method)])
+    count = f"distributed.num_processes={ranks}"
+    done = check(cli(*TWENTY, "quant=nf4", *words, count, "hydra.run.dir=run", env=env))
+    assert re.search(rf"distributed: {ranks} ranks, {proof}", done.stdout), done.stdout
+    one, several = (_trained_from_zero(run) for run in (single_nf4, tmp_path / "run"))
+    assert float((one - several).norm() / one.norm()) <= BF16_TOLERANCE
+    for event, other in zip(*(lines(run / "metrics.jsonl") for run in (tmp_path / "run", single_nf4)), strict=True):
+        assert event.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-4)
+
+
+def _trained_from_zero(run: Path) -> Any:
+    """LoRA's B: all that it is has been trained, where A stays close to what it was drawn as."""
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    return torch.cat([weights[name].float().flatten() for name in sorted(weights) if "lora_B" in name])
+
+
+LISTENING = """
+import sys
+from sft_lab import __main__, console, distributed
+
+def prove(config, trainer, original=distributed.prove):
+    model = trainer.model_wrapped
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_hook(lambda layer, args, output: console.say(f"between layers: {output.dtype}"))
+    model.register_forward_hook(lambda model, args, output: console.say(f"log-probabilities: {output.log_probs.dtype}"))
+    return original(config, trainer)
+
+distributed.prove = prove
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.slow
+def test_sharded_in_bf16_layers_pass_on_bf16_and_the_model_fp32(tmp_path: Path) -> None:
+    """As without sharding: fp32 between layers would double what gradient checkpointing keeps."""
+    (tmp_path / "rank.py").write_text(LISTENING)
+    words = [*TWENTY, *FSDP2, "trainer.precision=bf16", "trainer.max_steps=2", "evaluation.rows=0", "hydra.run.dir=run"]
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "rank.py", *words]
+    env = {**os.environ, **environment("fsdp_on_cpu")}
+    done = check(subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False))
+    assert re.search(rf"distributed: 2 ranks, {SHARDED}", done.stdout)
+    assert set(re.findall("between layers: (.*)", done.stdout)) == {"torch.bfloat16"}
+    assert set(re.findall("log-probabilities: (.*)", done.stdout)) == {"torch.float32"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp2 sharded", "zero3"])
 def test_a_sharded_run_that_was_killed_goes_on_to_the_same_bytes(name: str, tmp_path: Path, cli: Cli) -> None:
@@ -86,6 +158,16 @@ def test_a_sharded_run_that_was_killed_goes_on_to_the_same_bytes(name: str, tmp_
     resumed = check(cli("resume", "run", env=env))
     assert "going on from step 10" in resumed.stdout
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ranks_save_by_the_clock_together(tmp_path: Path, cli: Cli) -> None:
+    """Each has a clock of its own, and all of them write a checkpoint: who saved alone would wait for the others."""
+    two = ["distributed=ddp", "distributed.num_processes=2", "distributed.timeout_min=1"]
+    often = ["trainer.save_steps=1000", "trainer.save_minutes=1e-6", "trainer.save_total_limit=50"]
+    check(cli(*TWENTY, *two, *often, "hydra.run.dir=run", env=environment()))
+    saved = (tmp_path / "run" / "checkpoints").glob("checkpoint-*/whole.json")
+    assert sorted(int(file.parent.name.split("-")[1]) for file in saved) == list(range(1, 21))
 
 
 @pytest.mark.slow
