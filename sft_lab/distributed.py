@@ -126,15 +126,17 @@ def hides_head(config: Config, base: Any) -> bool:
 
 
 def keep_precision(trainer: Any) -> None:
-    """Under FSDP2 in bf16, leave what modules return as it is: bf16 between layers, log-probabilities in fp32, which
-    Accelerate would round."""
+    """Under FSDP2 in bf16, leave what modules return as it is (bf16 between layers, log-probabilities in fp32), and sum
+    the ranks' gradients in fp32 as DDP does; Accelerate would round both."""
     import torch
 
     if not trainer.is_fsdp_enabled or not trainer.args.bf16:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version == 2:
-        plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
 
 
 def _fsdp(config: Config) -> dict[str, Any]:

@@ -74,6 +74,15 @@ def test_the_adapter_is_that_of_one_process(name: str, tmp_path: Path, cli: Cli,
     sizes = {file.name: file.stat().st_size for file in checkpoint.rglob("*") if not file.name.startswith("tokenizer")}
     assert {f"rng_state_{rank}.pth" for rank in range(ranks)} <= sizes.keys()
     assert sum(sizes.values()) < 4 * 200_000  # the base's parameters
+    # What a run goes on from is all there and counted; the optimizer's file has a name of its own in each method.
+    named = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file()} - {"whole.json"}
+    assert set(read(checkpoint / "whole.json")) == named >= {"trainer_state.json", "scheduler.pt"}
+    assert any("optim" in name for name in named)
+    kept = [file for part in ("checkpoints", "adapter") for file in (tmp_path / "run" / part).rglob("*")]
+    saved, foreseen = sum(f.stat().st_size for f in kept if f.is_file()), read(tmp_path / "run" / "preflight.json")
+    beside = 2 * (ranks * 20_000 + 60_000) + 20_000  # random states, names and shapes, what describes a model
+    beside += 2 * 300_000 * ("sharded" in name)  # torch writes some 3 kB beside each of 84 pieces of a state a rank
+    assert 0.9 * foreseen["disk_bytes"] <= saved <= foreseen["disk_bytes"] + beside
 
 
 @pytest.fixture(scope="module")
