@@ -81,6 +81,7 @@ def test_the_adapter_is_that_of_one_process(name: str, tmp_path: Path, cli: Cli,
     kept = [file for part in ("checkpoints", "adapter") for file in (tmp_path / "run" / part).rglob("*")]
     saved, foreseen = sum(f.stat().st_size for f in kept if f.is_file()), read(tmp_path / "run" / "preflight.json")
     beside = 2 * (ranks * 20_000 + 60_000) + 20_000  # random states, names and shapes, what describes a model
+    beside += 2 * 50_000 * name.startswith("zero")  # a script of DeepSpeed's, and its settings
     beside += 2 * 300_000 * ("sharded" in name)  # torch writes some 3 kB beside each of 84 pieces of a state a rank
     assert 0.9 * foreseen["disk_bytes"] <= saved <= foreseen["disk_bytes"] + beside
 
