@@ -67,9 +67,9 @@ class Metrics(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.step(state.global_step)
-        # The last step too, where logging_steps does not divide; and where a run may go on from, so that what it logs
-        # next is a mean over the steps that an undisturbed run takes it over.
-        if control.should_save or state.global_step == state.max_steps:
+        # The last step too, where logging_steps does not divide; and those from which a killed run goes on, so that
+        # what it logs next is a mean over the same steps.
+        if state.global_step == state.max_steps or state.global_step % state.save_steps == 0:
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:

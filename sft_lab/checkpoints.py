@@ -6,6 +6,7 @@ list of its files and their sizes, written last.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -60,7 +61,12 @@ def drop_torn(run: RunDirectory) -> None:
 
 
 def saved_bytes(run: RunDirectory) -> int:
-    return sum(file.stat().st_size for checkpoint in _all(run) for file in checkpoint.rglob("*") if file.is_file())
+    """What they take; those that a run under way removes meanwhile do not count."""
+    found = 0
+    for checkpoint in _all(run):
+        with contextlib.suppress(FileNotFoundError):
+            found += sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    return found
 
 
 def _all(run: RunDirectory) -> list[Path]:

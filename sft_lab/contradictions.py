@@ -10,6 +10,10 @@ from sft_lab.schema import Config, DataConfig
 
 FILE_KINDS = "a .jsonl, .json, .csv, .txt (or any of them .gz), .parquet or .arrow file, a directory of them or a glob"
 _QUANT_OPTION = {"bnb_4bit": "nf4", "bnb_8bit": "int8"}  # as a person types them
+_NOT_RESUMED = {  # of trainer.extra, and why a run that was killed would not come to the same result
+    "load_best_model_at_end": "a run that was killed after its last save could not load it",
+    "ignore_data_skip": "a run that goes on would see rows again",
+}
 _LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "extra")
 
 
@@ -19,7 +23,7 @@ def contradictions(c: Config) -> Iterator[str]:
             f"quant={_QUANT_OPTION[c.quant.method]} with peft=none : a quantised base cannot be trained itself, it "
             "needs an adapter (allowed: quant=none, or peft=lora_r8, lora_r16, lora_r64)"
         )
-    if c.quant.method == "bnb_8bit" and c.distributed.method in ("fsdp1", "fsdp2", "deepspeed_zero3"):
+    if c.quant.method == "bnb_8bit" and c.distributed.shards_weights:
         yield (
             f"quant=int8 : 8-bit weights cannot be cut into shards, as distributed={c.distributed.method} does "
             "(allowed: quant=nf4, or distributed=ddp)"
@@ -42,6 +46,9 @@ def contradictions(c: Config) -> Iterator[str]:
             f"trainer.max_steps={c.trainer.max_steps} : with num_train_epochs={c.trainer.num_train_epochs:g} there is "
             "nothing to train (allowed: one of them above 0)"
         )
+    for key, why in _NOT_RESUMED.items():
+        if c.trainer.extra.get(key):
+            yield f"trainer.extra.{key}={c.trainer.extra[key]} : {why} (allowed: leave it out)"
     yield from _distributed_contradictions(c)
 
 

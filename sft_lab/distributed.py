@@ -17,11 +17,6 @@ from sft_lab.schema import Config
 _FSDP = ("fsdp1", "fsdp2")
 
 
-def shards_weights(config: Config) -> bool:
-    """Whether no rank holds the whole model."""
-    return config.distributed.method in (*_FSDP, "deepspeed_zero3")
-
-
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -122,7 +117,8 @@ def hides_head(config: Config, base: Any) -> bool:
     other rank, and one that waits in the CPU's memory is never brought to the GPU.
     """
     trains = any(p.requires_grad for p in base.get_output_embeddings().parameters())
-    return shards_weights(config) and (config.distributed.cpu_offload or (trains and config.peft.method != "none"))
+    d = config.distributed
+    return d.shards_weights and (d.cpu_offload or (trains and config.peft.method != "none"))
 
 
 def keep_precision(trainer: Any) -> None:

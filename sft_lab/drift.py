@@ -15,7 +15,7 @@ from sft_lab.schema import Config
 
 log = logging.getLogger("sft_lab")
 
-_FREE = (  # what may change, since it changes no bit of the result
+_FREE = (  # what may change, since it changes no bit of the adapter
     "preflight.", "tracking.", "sweep.", "trainer.save_steps", "trainer.save_minutes", "trainer.save_total_limit",
     "trainer.dataloader_num_workers", "distributed.max_restarts", "distributed.timeout_min",
 )  # fmt: skip

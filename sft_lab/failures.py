@@ -46,8 +46,10 @@ def _told(error: Exception, config: Config, run: RunDirectory) -> RunError | Non
 
 def _no_space(config: Config, run: RunDirectory, text: str) -> RunError:
     run.spend_reserve()
+    without = ""
     if ranks.leads():  # the others share its directory
         checkpoints.drop_torn(run)
+        without = " without what could not be saved"
     kept, _ = checkpoints.newest(run)
     goes_on = f"{kept.name} is whole, and `resume` goes on from it" if kept else "no checkpoint was saved yet"
     place = run.checkpoints if run.checkpoints.is_dir() else run.path
@@ -55,7 +57,7 @@ def _no_space(config: Config, run: RunDirectory, text: str) -> RunError:
     if free > _ROOM_BYTES:  # another one: /dev/shm, /tmp, a cache; or this one has no more room for names of files
         return RunError(f"no space is left on a device ({text.splitlines()[0]}), {place} has {free} bytes; {goes_on}")
     return RunError(
-        f"the disk of {place} is full ({free} bytes are free without what could not be saved): make room, or lower "
+        f"the disk of {place} is full ({free} bytes are free{without}): make room, or lower "
         f"trainer.save_total_limit={config.trainer.save_total_limit}; {goes_on}"
     )
 

@@ -72,7 +72,8 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
         allowed: what may have changed since it began, by name: data, model, or a key of the config.
 
     Raises:
-        ConfigError: something else has.
+        ConfigError: something else has, or this machine cannot do what the run asks for.
+        PreflightError: what it is still to save has no room.
     """
     run.lock()
     if run.completed:
@@ -143,8 +144,8 @@ def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
     if config.distributed.method == "single":
         train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
         return
+    models.fetch(config.model)  # once, and before there are ranks
     if meeting is None:
-        models.fetch(config.model)  # once, and before there are ranks
         agent.run(config, run)  # the ranks find the callbacks themselves
     else:
         each = config.distributed.num_processes // meeting.group.count

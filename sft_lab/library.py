@@ -110,8 +110,6 @@ EXTRA_OF = {
             "ddp_backend": "the device",
             "accelerator_config": "distributed",
             "save_only_model": "the verb resume",
-            "ignore_data_skip": "the verb resume",
-            "load_best_model_at_end": "the last step's adapter",  # a run killed after it could load no other
             "save_on_each_node": "hydra.run.dir",
         },
     ),

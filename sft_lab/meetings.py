@@ -7,11 +7,13 @@ collective's timeout counts the time that the data takes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import secrets
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +21,8 @@ from sft_lab import outside
 from sft_lab.errors import RunError
 from sft_lab.outside import Group
 
-_FAREWELL_S = 10
+_FAREWELL = timedelta(seconds=10)
+_LOOK_S = 0.1
 _PATIENCE = timedelta(days=7)  # preparing data has no timeout; the death of the leader ends the waiting too
 
 
@@ -48,24 +51,35 @@ class Meeting:
         from torch.distributed import PrefixStore
 
         timeout = timedelta(minutes=timeout_min)
-        store = PrefixStore("ranks", self._among_those_alive(timeout))
+        with _in_words(timeout):
+            store = PrefixStore("ranks", self._among_those_alive(timeout))
         store.set_timeout(timeout)
         return store
 
+    def all_ready(self, problem: str, timeout_min: float) -> None:
+        """Until each of those alive has come here.
+
+        Args:
+            problem: why this one cannot go on, if it cannot.
+
+        Raises:
+            RunError: on each of them, with the problem of the one that has one; or some have not come in time.
+        """
+        timeout = timedelta(minutes=timeout_min)
+        with _in_words(timeout):
+            shared = self._among_those_alive(timeout)
+            if problem or shared.add("ready", 1) == self.group.count:
+                shared.set("problem", problem)
+            problem = _awaited(shared, "problem", timeout)
+        if problem:
+            raise RunError(problem)
+
     def _among_those_alive(self, timeout: timedelta) -> Any:
         """A part of the store that is theirs alone: the first one asks each name it finds, until every one answers."""
-        from torch.distributed import DistError, DistStoreError, PrefixStore
+        from torch.distributed import PrefixStore
 
         if self._shared is None:
-            try:
-                common = self._ask(timeout) if self.group.leads else self._answer(timeout)
-            except (TimeoutError, DistStoreError) as error:
-                minutes = timeout.total_seconds() / 60
-                raise RunError(
-                    f"not all of {self.group.count} processes have come within {minutes:g} minutes"
-                ) from error
-            except DistError as error:
-                raise RunError(f"the first of {self.group.count} processes ended without a word ({error})") from error
+            common = self._ask(timeout) if self.group.leads else self._answer(timeout)
             self._shared = PrefixStore(common, self._store)
         return self._shared
 
@@ -83,31 +97,13 @@ class Meeting:
                     for name in names[1:]:
                         self._store.set(f"common/{name}", common)
                     return common
-            time.sleep(0.05)
+            time.sleep(_LOOK_S)
         raise TimeoutError
 
     def _answer(self, timeout: timedelta) -> str:
-        self._store.wait([f"asked/{self._name}"], timeout)
-        leader = self._store.get(f"asked/{self._name}").decode()
+        leader = _awaited(self._store, f"asked/{self._name}", timeout)
         self._store.set(f"alive/{leader}/{self._name}", "")
-        self._store.wait([f"common/{self._name}"], timeout)
-        return str(self._store.get(f"common/{self._name}").decode())
-
-    def all_ready(self, problem: str = "") -> None:
-        """Until each of those alive has come here, however long the others take.
-
-        Args:
-            problem: why this one cannot go on.
-
-        Raises:
-            RunError: on each of them, with the problem of the one that has one.
-        """
-        shared = self._among_those_alive(_PATIENCE)
-        if problem or shared.add("ready", 1) == self.group.count:
-            shared.set("problem", problem)
-        shared.wait(["problem"], _PATIENCE)
-        if told := shared.get("problem").decode():
-            raise RunError(told)
+        return _awaited(self._store, f"common/{self._name}", timeout)
 
     # -------------------------------------------------------------------------------------------------------- words
 
@@ -121,20 +117,21 @@ class Meeting:
         self._store.set("run", run)
 
     def dismiss(self, exit_code: int) -> None:
-        """Let those leave that were told nothing, and wait until they know."""
+        """Let those leave that were told nothing, and wait until they know: where all is well, for late ones too."""
         if self._has_spoken:
             return
         try:
-            self._say({"leave": exit_code}, timedelta(seconds=_FAREWELL_S))
-        except RunError:  # who comes later finds nobody
+            self._say({"leave": exit_code}, _FAREWELL if exit_code else outside.CONNECT)
+        except RunError:  # who started us ends them
             return
-        until = time.monotonic() + _FAREWELL_S
+        until = time.monotonic() + _FAREWELL.total_seconds()
         while self._shared.add("heard", 0) < self.group.count - 1 and time.monotonic() < until:
-            time.sleep(0.05)
+            time.sleep(_LOOK_S)
 
     def _say(self, word: dict[str, Any], timeout: timedelta) -> None:
         self._has_spoken = True
-        self._among_those_alive(timeout).set("word", json.dumps(word))
+        with _in_words(timeout):
+            self._among_those_alive(timeout).set("word", json.dumps(word))
 
     def told(self) -> dict[str, Any]:
         """What the first one says, however long it takes: `run` and `each`, or to `leave` with that exit code.
@@ -142,15 +139,46 @@ class Meeting:
         Raises:
             RunError: it died.
         """
-        shared = self._among_those_alive(_PATIENCE)
-        shared.wait(["word"], _PATIENCE)
-        word: dict[str, Any] = json.loads(shared.get("word"))
-        shared.add("heard", 1)
+        with _in_words(_PATIENCE):
+            shared = self._among_those_alive(_PATIENCE)
+            word: dict[str, Any] = json.loads(_awaited(shared, "word", _PATIENCE))
+            shared.add("heard", 1)
         return word
 
     def earlier_run(self) -> str:
         """The run that was under way when all were started again, by a starter whose store has outlived them."""
         return self._store.get("run").decode() if self._store.check(["run"]) else ""
+
+
+def _awaited(store: Any, key: str, timeout: timedelta) -> str:
+    """What stands under `key` once it is there; looked for again and again, since no signal is heard in a store's wait.
+
+    Raises:
+        TimeoutError: it did not come.
+    """
+    until = time.monotonic() + timeout.total_seconds()
+    while not store.check([key]):
+        if time.monotonic() > until:
+            raise TimeoutError
+        time.sleep(_LOOK_S)
+    return str(store.get(key).decode())
+
+
+@contextlib.contextmanager
+def _in_words(timeout: timedelta) -> Iterator[None]:
+    """
+    Raises:
+        RunError: in a sentence, what a store that is waited for or has gone raises.
+    """
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except TimeoutError as error:
+        minutes = f"{timeout.total_seconds() / 60:g}"
+        raise RunError(f"not all processes have come within distributed.timeout_min={minutes} minutes") from error
+    except DistError as error:
+        raise RunError(f"the first of the processes ended without a word ({error})") from error
 
 
 @functools.cache

@@ -172,7 +172,7 @@ def load_model(config: Config) -> Any:
         "trust_remote_code": model.trust_remote_code,
         **model.extra,
     }
-    storage = _AUTOCAST.get(precision.training, precision.dtype) if distributed.shards_weights(config) else ""
+    storage = _AUTOCAST.get(precision.training, precision.dtype) if config.distributed.shards_weights else ""
     quantisation = quant.build(config.quant, precision.dtype, storage)
     if quantisation is not None:
         arguments["quantization_config"] = quantisation

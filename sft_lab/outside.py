@@ -13,7 +13,7 @@ from typing import Any
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import DistributedConfig
 
-_CONNECT = timedelta(minutes=10)
+CONNECT = timedelta(minutes=10)  # that a process may come later than another
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Group:
                 self.address,
                 self.port,
                 is_master=self.leads and not self.hosted,
-                timeout=_CONNECT,
+                timeout=CONNECT,
                 wait_for_workers=False,
                 multi_tenant=True,
             )
@@ -63,7 +63,8 @@ class Group:
 
         if num_processes > self.count:  # each task starts its node's
             return num_processes // self.count
-        bound = self.by == "Slurm" and torch.cuda.device_count() == 1  # each task to a GPU of its own
+        of_node = int(os.environ.get("SLURM_GPUS_ON_NODE", self.local_count))
+        bound = self.by == "Slurm" and torch.cuda.device_count() == 1 < of_node  # each task to a GPU of its own
         return 1 if bound else self.local_count
 
     def as_rank(self) -> dict[str, str]:

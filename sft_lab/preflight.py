@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from typing import Any
 
 from sft_lab import adapter, checkpoints, distributed, findings, tracking
 from sft_lab import config as configs
@@ -14,7 +15,7 @@ from sft_lab.data.prepared import Prepared
 from sft_lab.errors import PreflightError
 from sft_lab.findings import Report
 from sft_lab.runs import RunDirectory, read_json
-from sft_lab.schema import Config
+from sft_lab.schema import Config, TrainerConfig
 
 # Of a checkpoint, for each trained parameter: itself in fp32 and its two AdamW moments; under FSDP once more, as the
 # state that training goes on from; under DeepSpeed that, and the optimizer's own copy.
@@ -136,25 +137,29 @@ def _steps(config: Config, data: Prepared, report: Report) -> None:
 
 def _disk(config: Config, data: Prepared, run: RunDirectory, report: Report) -> None:
     """Checkpoints and adapter, each with a tokenizer beside it, against the space that is there."""
-    t, trainable = config.trainer, report.numbers["parameters"]["trainable"]
-    most = report.numbers["steps"] if t.save_minutes else math.ceil(report.numbers["steps"] / t.save_steps)
-    kept = min(t.save_total_limit + 1, most)  # the oldest goes after the newest is written
-    tokenizer = _tokenizer_bytes(data)
+    trainable, tokenizer = report.numbers["parameters"]["trainable"], _tokenizer_bytes(data)
     each = _CHECKPOINT_BYTES.get(config.distributed.method, _DEEPSPEED_BYTES) * trainable + tokenizer
-    disk = kept * each + 4 * trainable + tokenizer
+    report.numbers |= {"checkpoint_bytes": each, "adapter_bytes": 4 * trainable + tokenizer}
+    kept, disk = _kept(config.trainer, report.numbers)
     report.numbers["disk_bytes"] = disk
     report.add("disk", "fact", f"{disk / 1e6:.0f} MB for {kept} checkpoints and the adapter")
-    if short := _short_of_disk(disk, run):
-        report.add("disk_full", "error", short)
+    _require_disk(disk, run, report)
 
 
-def _short_of_disk(needed: int, run: RunDirectory) -> str:
-    """What is wrong where so many bytes have no room; what the run has saved already is among them."""
+def _kept(t: TrainerConfig, numbers: dict[str, Any]) -> tuple[int, int]:
+    """The most checkpoints that lie there at a time, and what they and the adapter take, in bytes."""
+    most = numbers["steps"] if t.save_minutes else math.ceil(numbers["steps"] / t.save_steps)
+    kept = min(t.save_total_limit + 1, most)  # the oldest goes after the newest is written
+    return kept, kept * numbers["checkpoint_bytes"] + numbers["adapter_bytes"]
+
+
+def _require_disk(needed: int, run: RunDirectory, report: Report) -> None:
+    """An error where so many bytes have no room; what the run has saved already is among them."""
     place = next(p for p in (run.path, *run.path.parents) if p.exists())
     free, saved = shutil.disk_usage(place).free, checkpoints.saved_bytes(run)
-    if needed <= free + saved:
-        return ""
-    return f"checkpoints and adapter need {needed - saved} bytes, {place} has {free}"
+    if needed > free + saved:
+        told = f"checkpoints and adapter need {needed - saved} bytes, {place} has {free}"
+        report.add("disk_full", "error", told)
 
 
 def check_again(config: Config, run: RunDirectory) -> None:
@@ -167,9 +172,9 @@ def check_again(config: Config, run: RunDirectory) -> None:
     report = Report(config.preflight.allow)
     distributed.require(config)
     _machine(config, report)
-    recorded = read_json(run.preflight) if run.preflight.is_file() else {"disk_bytes": 0}  # else it is checked anew
-    if short := _short_of_disk(recorded["disk_bytes"], run):
-        report.add("disk_full", "error", short)
+    if run.preflight.is_file():  # else it ended before it was checked, and is now
+        _, disk = _kept(config.trainer, read_json(run.preflight))
+        _require_disk(disk, run, report)
     if report.errors:
         raise PreflightError(report.errors)
 

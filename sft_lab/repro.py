@@ -35,7 +35,8 @@ class Difference:
     def part(self) -> str:
         """What it concerns, as --allow names it: data, model, code, packages or hardware."""
         first = self.what.split(".")[0]
-        return {"data_fingerprint": "data", "git": "code", "installed": "packages"}.get(first, first)
+        parts = {"data_fingerprint": "data", "git": "code", "installed": "packages", "resolved": "hardware"}
+        return parts.get(first, first)
 
     @property
     def real(self) -> bool:

@@ -174,6 +174,11 @@ class DistributedConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # what else goes into DeepSpeed's own config
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether no rank holds the whole model."""
+        return self.method in ("fsdp1", "fsdp2", "deepspeed_zero3")
+
+    @property
     def replicas(self) -> int:
         """Ranks that see rows of their own; those of one context-parallel group share theirs."""
         return self.num_processes // self.context_parallel_size

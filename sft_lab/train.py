@@ -67,7 +67,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
             if trainer.state.global_step >= trainer.state.max_steps:
                 raise _NothingLeft
 
-        watching = [Opening(open_training), saving, stop, metrics, *callbacks, *tracker.callbacks]
+        watching = [Opening(open_training), metrics, saving, stop, *callbacks, *tracker.callbacks]
         trainer = trainers.build(config, run, data, watching)
         trained = adapter.trained(trainer.model)
         metrics.counter = TokenCounter(trainer.model, data.tokenizer.pad_token_id, metrics.past_tokens)

@@ -103,9 +103,9 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
     Raises:
         SftLabError: what ended the run, on whichever rank it happened.
     """
-    group, config = meeting.group, configs.load(run.config)
+    group = meeting.group
     try:
-        _fetch(config, meeting)
+        config = _made_ready(meeting, run)
         if each > 1:
             agent.run(config, run, group.index, group.count, group.address, group.port + 1)
         else:
@@ -118,22 +118,29 @@ def join(meeting: Meeting, run: RunDirectory, each: int, stop: Stop) -> None:
         raise
 
 
-def _fetch(config: Config, meeting: Meeting) -> None:
-    """Have the model on every machine, each with a cache of its own perhaps; ranks then ask the hub for nothing.
+def _made_ready(meeting: Meeting, run: RunDirectory) -> Config:
+    """The run's config, once every machine sees the run and has the model, perhaps in a cache of its own.
+
+    Ranks then ask the hub for nothing.
 
     Raises:
-        RunError: a machine cannot get it.
+        RunError: a machine cannot get it, or does not see the run.
     """
     from huggingface_hub import constants
 
-    problem = ""
-    if meeting.group.local_index == 0:
-        try:
+    config, problem = Config(), ""
+    try:
+        config = configs.load(run.config)
+        if meeting.group.local_index == 0:
             models.fetch(config.model)
-        except RunError as error:
-            problem = f"{platform.node()}: {error}"
-    meeting.all_ready(problem)
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, the others are not to wait for this one
+        kind = "" if isinstance(error, SftLabError) else f"{type(error).__name__}: "
+        problem = f"{platform.node()}: {kind}{error}"
+    meeting.all_ready(problem, config.distributed.timeout_min)
     constants.HF_HUB_OFFLINE = True  # the variable of that name was read as the library was imported
+    return config
 
 
 def follow() -> int:
@@ -145,8 +152,9 @@ def follow() -> int:
         return int(word["leave"])
     run, stop = RunDirectory(word["run"]), Stop()
     with stop.listening(), run_log(terminal=False) as messages:
-        messages.open(run.log, rank=meeting.group.index)
         try:
+            if run.path.is_dir():  # else the others are told of it
+                messages.open(run.log, rank=meeting.group.index)
             join(meeting, run, word["each"], stop)
         except SftLabError as error:
             log.info("process %d: %s", meeting.group.index, error, exc_info=True)

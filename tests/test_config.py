@@ -202,8 +202,9 @@ REFUSED = [
         ("quant=nf4", "distributed=ddp"),
     ),
     Refused(
-        "trainer.extra.load_best_model_at_end=true", "trainer.extra.load_best_model_at_end=True : sft_lab sets this"
+        "trainer.extra.load_best_model_at_end=true", "trainer.extra.load_best_model_at_end=True : a run that was killed"
     ),
+    Refused("trainer.extra.ignore_data_skip=true", "trainer.extra.ignore_data_skip=True : a run that goes on"),
     Refused("quant=int8 peft=none", "quant=int8 with peft=none : ", (f"(allowed: quant=none, or {LORA})",)),
     Refused("peft=none peft.r=8", "peft.r=8 : has no effect with peft=none", ("(allowed: peft=lora_r16 peft.r=8)",)),
     Refused("peft=none peft.lora_alpha=8", "peft.lora_alpha=8 : has no effect with peft=none"),

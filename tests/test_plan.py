@@ -20,7 +20,7 @@ WORDS = ["model=tiny_llama", "tracking=none", "data=from_file", "data.path=rows.
 # What scripts rely on; more keys are welcome.
 KEYS = {
     "ok", "findings", "rows", "eval_rows", "tokens", "steps", "tokens_per_step", "parameters", "memory", "time_s",
-    "disk_bytes", "config",
+    "checkpoint_bytes", "adapter_bytes", "disk_bytes", "config",
 }  # fmt: skip
 BELOW = {
     "rows": {"read", "kept", "dropped"},

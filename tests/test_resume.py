@@ -109,7 +109,6 @@ def test_a_signal_saves_and_resume_goes_on(
 ) -> None:
     process = start([*SIXTY, "tracking=none", "hydra.run.dir=run"], tmp_path)
     wait_for_step(process, 10)
-    process.send_signal(signum)  # as a terminal and a launcher in between both do
     assert kill(process, signum) == code
     status = read(tmp_path / "run" / "status.json")
     assert status["state"] == "interrupted"

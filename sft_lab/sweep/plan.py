@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sft_lab import checkpoints, console, preflight
 from sft_lab import config as configs
-from sft_lab import console, preflight
 from sft_lab.data.prepare import prepare
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import ConfigError, PreflightError, RunError
@@ -128,16 +128,19 @@ def _require_disk(plan: Plan, sweep: SweepDirectory) -> None:
     Raises:
         ConfigError: there is no room for what all trials leave behind.
     """
-    needed, free = _disk_bytes(plan.to_run), _free_bytes(sweep)
+    needed, free = _disk_bytes(plan.to_run, sweep), _free_bytes(sweep)
     if needed > free:
         raise ConfigError(
             f"sweep.name={sweep.name} : {len(plan.to_run)} trials need {needed / 1e6:.1f} MB, "
-            f"{sweep.path} has {free / 1e6:.1f} MB (allowed: fewer trials, or a larger trainer.save_steps)"
+            f"{sweep.path} has {free / 1e6:.1f} MB (allowed: fewer trials, or a smaller "
+            "trainer.save_total_limit)"
         )
 
 
-def _disk_bytes(trials: Sequence[Trial]) -> int:
-    return sum(trial.report.numbers["disk_bytes"] for trial in trials if trial.report)
+def _disk_bytes(trials: Sequence[Trial], sweep: SweepDirectory) -> int:
+    """What they still need beside what they have saved."""
+    needed = ((t.report.numbers["disk_bytes"], sweep.run(t.id)) for t in trials if t.report)
+    return sum(max(0, disk - checkpoints.saved_bytes(run)) for disk, run in needed)
 
 
 def _free_bytes(sweep: SweepDirectory) -> int:
@@ -190,7 +193,7 @@ def summary(plan: Plan, sweep: SweepDirectory) -> str:
     counts += [f"{len(plan.left_out)} left out"] if plan.left_out else []
     return (
         f"sweep {sweep.name}: {len(plan.trials)} trials ({', '.join(counts)}); {steps} steps, {hours}"
-        f"{_disk_bytes(left) / 1e6:.0f} MB of {_free_bytes(sweep) / 1e9:.0f} GB free; in {sweep.path}"
+        f"{_disk_bytes(left, sweep) / 1e6:.0f} MB of {_free_bytes(sweep) / 1e9:.0f} GB free; in {sweep.path}"
     )
 
 

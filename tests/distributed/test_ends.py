@@ -43,7 +43,7 @@ def test_the_first_process_learns_what_another_failed_of(
 ) -> None:
     """It has only seen that a connection is closed."""
     monkeypatch.setattr("os.environ", {})
-    monkeypatch.setattr("sft_lab.config.load", lambda _: None)
+    monkeypatch.setattr(worker, "_made_ready", lambda *_: Config())
 
     def fails(with_: Exception) -> None:
         def end(*_: object) -> None:

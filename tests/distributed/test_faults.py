@@ -188,12 +188,13 @@ def test_killed_at_ten_random_moments(way: str, tmp_path: Path, wandb_server: Fa
     whole, run = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "run")
     run.path.rename(whole.path)
     env, draw = {**online(wandb_server), **environment()}, random.Random(f"ten {way}")
-    process = start(command, tmp_path, env)
+    since, process = time.time(), start(command, tmp_path, env)
     torn, saving = 0, 1 if signum == signal.SIGTERM else 3  # each that is asked to stop has come further for good
     for moment in draw.sample(["between"] * (10 - 2 * saving) + ["in"] * saving + ["after"] * saving, 10):
         if "one rank" in way:
             wait_for_line(process, "distributed: 2 ranks")
-        await_moment(moment, process, run, draw.randint(1, 2 * saving))
+            since = time.time()
+        await_moment(moment, process, run, draw.randint(1, 2 * saving), since)
         time.sleep(draw.random() / 50 if moment == "between" else 0)  # anywhere in the step, not to wait for anything
         if "one rank" in way:
             draw.choice(ranks_of(process)).kill()
@@ -202,7 +203,7 @@ def test_killed_at_ten_random_moments(way: str, tmp_path: Path, wandb_server: Fa
         torn += bool(checkpoints.newest(run)[1])
         state = read(run.status)["state"]
         assert (code, state) == ((143, "interrupted") if signum == signal.SIGTERM else (-signal.SIGKILL, "running"))
-        process = start(["resume", "run"], tmp_path, env)
+        since, process = time.time(), start(["resume", "run"], tmp_path, env)
     check(finished(process))
     if way in ("single", "ddp"):
         assert torn >= 1  # of three that were to be: all of a checkpoint may be there by the time of the kill
@@ -215,8 +216,12 @@ def test_killed_at_ten_random_moments(way: str, tmp_path: Path, wandb_server: Fa
     assert tracked.exit_code == 0
 
 
-def await_moment(moment: str, process: subprocess.Popen[str], run: RunDirectory, steps: int) -> None:
-    """Returns so many steps after the newest checkpoint, or while the next one is being made, or once it is."""
+def await_moment(moment: str, process: subprocess.Popen[str], run: RunDirectory, steps: int, since: float) -> None:
+    """Returns so many steps after the newest checkpoint, or while the next one is being made, or once it is.
+
+    Args:
+        since: when the process began; what is older is torn, and it will take it away.
+    """
     saved, _ = checkpoints.newest(run)
     step = checkpoints.step_of(saved) if saved else 0
     if moment == "between":
@@ -224,9 +229,16 @@ def await_moment(moment: str, process: subprocess.Popen[str], run: RunDirectory,
         return
     following = next(n for n in range(step + 1, step + 8) if n % 7 == 0)
     file = checkpoints.at(run, following) / ("adapter_model.safetensors" if moment == "in" else "whole.json")
-    while not file.exists():
+    while not is_newer(file, since):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.0005)
+
+
+def is_newer(file: Path, since: float) -> bool:
+    try:
+        return file.stat().st_mtime > since
+    except FileNotFoundError:
+        return False
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,9 @@ from typing import Any
 import pytest
 
 from sft_lab import config as configs
-from sft_lab import distributed, outside, ranks
-from sft_lab.callbacks import Saving
-from sft_lab.errors import ConfigError, RunError
+from sft_lab import distributed, meetings, outside, ranks
+from sft_lab.callbacks import Saving, Stop
+from sft_lab.errors import ConfigError, Interrupted, RunError
 from sft_lab.meetings import Meeting
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config, DistributedConfig
@@ -260,6 +262,27 @@ def test_jobs_that_follow_each_other_meet_at_ports_of_their_own(monkeypatch: pyt
         taken |= {group.port, group.port + 1}
 
 
+def test_a_signal_within_a_second_is_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal and what was started there may both pass Ctrl-C on; who types it again means it."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stop = Stop()
+    stop.on_train_begin(None, None, None)
+    for after in (0.0, 0.5, 0.9):
+        now = 100.0 + after
+        stop._on_signal(signal.SIGINT, None)
+    assert stop.signum == signal.SIGINT
+    now = 101.1
+    with pytest.raises(Interrupted):
+        stop._on_signal(signal.SIGINT, None)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be waited for for days fails."""
+    monkeypatch.setattr(meetings, "_PATIENCE", timedelta(seconds=30))
+
+
 def test_those_alive_meet_whatever_the_dead_have_left() -> None:
     """A process that came and died is replaced, and so is the first one, whose last word is still there."""
     from torch.distributed import HashStore
@@ -278,8 +301,7 @@ def test_those_alive_meet_whatever_the_dead_have_left() -> None:
         first, second = came(0), came(1)
         assert first.earlier_run() == "runs/a"
         early = [pool.submit(second.told), pool.submit(first.send_to_run, "runs/a", 2, 1)]
-        time.sleep(0.3)
-        assert not any(one.done() for one in early)  # the third that is named there answers no more
+        assert not wait(early, timeout=0.5).done  # the third that is named there answers no more
         assert came(2).told() == {"run": "runs/a", "each": 2}
         assert early[0].result(timeout=30) == {"run": "runs/a", "each": 2}
 
@@ -290,7 +312,7 @@ def test_who_does_not_come_is_not_waited_for_forever() -> None:
     store = HashStore()
     two = [Meeting(outside.Group(index, 3, index, "torchrun", "", 0), store) for index in (0, 1)]
     for one in two:
-        with pytest.raises(RunError, match="not all of 3 processes have come within"):
+        with pytest.raises(RunError, match=r"not all processes have come within distributed\.timeout_min=0\.002"):
             one.ranks(0.002)
 
 
@@ -301,5 +323,6 @@ def test_what_one_cannot_do_all_are_told() -> None:
     store = HashStore()
     met = [Meeting(outside.Group(index, 3, index, "torchrun", "", 0), store) for index in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        ready = [pool.submit(one.all_ready, problem) for one, problem in zip(met, ("", "b: no room", ""), strict=True)]
+        problems = zip(met, ("", "b: no room", ""), strict=True)
+        ready = [pool.submit(one.all_ready, problem, 1) for one, problem in problems]
         assert [str(one.exception(timeout=30)) for one in ready] == ["b: no room"] * 3
