@@ -30,7 +30,7 @@ check: $(VENV)/.stamp ## lint, format, types and the quick tests (none that trai
 test-all: $(VENV)/.stamp ## every test that needs no GPU
 	$(BIN)/python -m pip install -qq -c constraints.txt ray
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps hydra-ray-launcher
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation setuptools wheel deepspeed
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation 'sft-lab[deepspeed]'
 	@DS_ACCELERATOR=cpu $(BIN)/python -c \
 		'import deepspeed, submitit; from hydra_plugins import hydra_ray_launcher, hydra_submitit_launcher' || \
 		{ echo 'make test-all: the tests of what cannot be imported would be skipped' >&2; exit 1; }
