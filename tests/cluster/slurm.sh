@@ -47,7 +47,8 @@ SlurmctldHost=localhost
 SlurmctldPort=$PORT
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$1/munge.socket
+# A job that was requeued waits as long as a credential may live: 20 s, where it would be 120.
+AuthInfo=socket=$1/munge.socket,cred_expire=20
 StateSaveLocation=$1/state
 SlurmctldPidFile=$1/slurmctld.pid
 SlurmctldLogFile=$1/slurmctld.log
