@@ -135,6 +135,24 @@ def keep_precision(trainer: Any) -> None:
         )
 
 
+def lay_out_buckets(config: Config, trainer: Any) -> None:
+    """Have DDP arrange its buckets before the first step, as it does once in a session, after a first backward pass.
+
+    An element's place in a bucket decides in which order the ranks' gradients are added up, so that with more than two
+    ranks a run that goes on would round its first step in another way than one that was never interrupted. The pass is
+    over two tokens of padding, and what it leaves is cleared.
+    """
+    if config.distributed.method != "ddp":
+        return
+    padding = [trainer.processing_class.pad_token_id] * 2
+    batch = trainer.data_collator([{"input_ids": padding, "labels": padding, "seq_lengths": [2]}])
+    trainer.model_wrapped.train()
+    with trainer.accelerator.autocast():
+        loss = trainer.model_wrapped(**trainer._prepare_inputs(batch)).loss
+    loss.backward()
+    trainer.model_wrapped.zero_grad()
+
+
 def _fsdp(config: Config) -> dict[str, Any]:
     d = config.distributed
     settings: dict[str, Any] = {

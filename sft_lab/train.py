@@ -59,6 +59,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
         def open_training() -> None:
             trainer.state.compute_steps(trainer.args, trainer.state.max_steps)  # a checkpoint brings its own intervals
             console.say(distributed.prove(config, trainer))
+            distributed.lay_out_buckets(config, trainer)
             trainers.prove_isolation(config, trainer)
             if checkpoint is None:
                 _try_to_save(config, run, trainer, trained)

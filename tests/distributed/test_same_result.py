@@ -154,8 +154,8 @@ def test_sharded_in_bf16_layers_pass_on_bf16_and_the_model_fp32(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp2 sharded", "zero3"])
-def test_a_sharded_run_that_was_killed_goes_on_to_the_same_bytes(name: str, tmp_path: Path, cli: Cli) -> None:
+@pytest.mark.parametrize("name", ["ddp 4", "fsdp2 sharded", "fsdp2 hybrid", "zero2", "zero3"])
+def test_a_run_of_several_ranks_that_was_killed_goes_on_to_the_same_bytes(name: str, tmp_path: Path, cli: Cli) -> None:
     words, ranks, _ = METHODS[name]
     if name.startswith("zero") and not DEEPSPEED:
         pytest.skip("deepspeed is not installed")
