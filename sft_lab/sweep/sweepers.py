@@ -11,7 +11,6 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -124,15 +123,18 @@ class GridSweeper(Sweeper):
 
     @property
     def in_this_process(self) -> bool:
-        return isinstance(self.launcher, BasicLauncher)
+        return self._launchers_kind == "BasicLauncher"
+
+    @property
+    def _launchers_kind(self) -> str:
+        """The class by its name: Hydra reads its plugins' modules anew, and has classes of its own of them."""
+        return str(self.config.hydra.launcher._target_).rpartition(".")[2]
 
     @functools.cached_property
     def elsewhere(self) -> bool:
         """Whether the launcher has other machines train, such as a cluster's; of an unknown one that is assumed."""
-        launcher = self.config.hydra.launcher
-        joins = OmegaConf.select(launcher, "ray.init.address") or os.environ.get("RAY_ADDRESS")
-        kind = str(launcher._target_).rpartition(".")[2]
-        return kind not in _HERE or (kind == "RayLauncher" and bool(joins))
+        joins = OmegaConf.select(self.config.hydra.launcher, "ray.init.address") or os.environ.get("RAY_ADDRESS")
+        return self._launchers_kind not in _HERE or (self._launchers_kind == "RayLauncher" and bool(joins))
 
     def _processes(self) -> int:
         """What distributed.num_processes=0 comes to where trials train, whichever machine plans them.
