@@ -128,7 +128,8 @@ def test_ctrl_c_leaves_the_jobs_to_slurm_and_says_how_to_end_them(slurm: dict[st
     command = [sys.executable, "-m", "sft_lab", *(word for word in WORDS if "=1e-3" not in word)]
     command += ["trainer.learning_rate=1e-3,2e-3", "hydra.launcher.array_parallelism=1"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=pipe, stderr=pipe, text=True)
+    heard = ["env", "--default-signal=INT", *command]  # which a shell lets its background jobs ignore
+    process = subprocess.Popen(heard, cwd=tmp_path, env=slurm, stdout=pipe, stderr=pipe, text=True)
     try:
         array = job(slurm, 0, "RUNNING").partition("_")[0]
         process.send_signal(signal.SIGINT)
