@@ -19,7 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sft_lab import checks
-from sft_lab.config import COMPOSE_ERRORS, compose, compose_and_check, hydra_for, to_config, to_dataclasses
+from sft_lab.composing import COMPOSE_ERRORS, hydra_for
+from sft_lab.config import compose, compose_and_check, to_config, to_dataclasses
 from sft_lab.errors import ConfigError
 from sft_lab.schema import Config
 

@@ -20,6 +20,7 @@ from sft_lab.library import EXTRA_OF, OPTIMIZERS, SCHEDULERS, enum_values, field
 from sft_lab.options import CONF_DIR, groups
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config, SourceConfig
+from sft_lab.sweep.ledger import trial_name
 
 OPTIONS = [f"{group}={option}" for group, options in groups().items() for option in options]
 MISSING = {  # the options that leave a value to the person
@@ -577,7 +578,7 @@ def test_a_frozen_config_of_another_version_is_refused_with_its_file(tmp_path: P
 
 
 def trial_id(*words: str) -> str:
-    return configs.trial_name(build(*words))
+    return trial_name(build(*words))
 
 
 @pytest.mark.parametrize(

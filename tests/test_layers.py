@@ -19,6 +19,7 @@ LAYERS: dict[str, int] = {
             "outside",
             "meetings",
             "command_line",
+            "composing",
             "config",
             "runs",
             "checkpoints",
@@ -127,4 +128,4 @@ def test_only_the_config_layer_knows_hydra() -> None:
         "sweep/slurm",
         "sweep/study",
     }  # Hydra's plugins, and what they sweep over
-    assert knowing == {"schema", "config", "command_line", "commands", *sweeper}
+    assert knowing == {"schema", "composing", "config", "command_line", "commands", *sweeper}

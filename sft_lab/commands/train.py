@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sft_lab import command_line, meetings
+from sft_lab import command_line, composing, meetings
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError, Interrupted, Leave, SftLabError
 from sft_lab.options import CONF_DIR
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
             _discard_empty(Path(HydraConfig.get().runtime.output_dir), missing)
             raise Leave(error) from error
 
-    configs.register()
+    composing.register()
     if command.composes and (meeting := meetings.current()):
         if command.multirun:
             raise ConfigError(

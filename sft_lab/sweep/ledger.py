@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,15 @@ from sft_lab.findings import Report
 from sft_lab.launch import absolute
 from sft_lab.runs import RunDirectory, now, read_json, write_json, write_text
 from sft_lab.schema import Config
+
+_NOT_TRAINED = ("preflight", "sweep", "tracking")  # sections that change nothing of what comes out
+
+
+def trial_name(config: Config) -> str:
+    """A trial's name: rank and learning rate to be read, a digest of all that it trains to be told apart."""
+    trained = {key: value for key, value in configs.to_dict(config).items() if key not in _NOT_TRAINED}
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{config.peft.method}-r{config.peft.r}-lr{config.trainer.learning_rate:g}-{digest}"
 
 
 @dataclass

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft_lab import checkpoints, console, preflight
-from sft_lab import config as configs
 from sft_lab.data.prepare import prepare
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import ConfigError, PreflightError, RunError
 from sft_lab.runs import read_json
 from sft_lab.schema import Config
 from sft_lab.sweep import cost
-from sft_lab.sweep.ledger import Outcome, SweepDirectory, Trial
+from sft_lab.sweep.ledger import Outcome, SweepDirectory, Trial, trial_name
 
 _LISTED = 40  # trials in the table of a plan; the others are counted
 
@@ -72,7 +71,7 @@ def draw_up(candidates: Iterable[Candidate], sweep: SweepDirectory, on_bad_trial
     """
     plan, seen = Plan(elsewhere=elsewhere), set()
     for candidate in candidates:
-        name = configs.trial_name(candidate.config) if candidate.config else None
+        name = trial_name(candidate.config) if candidate.config else None
         if name in seen:
             plan.merged += 1
             continue
@@ -99,7 +98,7 @@ def checked(candidate: Candidate, sweep: SweepDirectory, prepared: Preparations,
     """The trial with its data and preflight; None where it cannot run, and `candidate.problems` says why."""
     if candidate.config is None:
         return None
-    outcome = sweep.outcome(configs.trial_name(candidate.config))
+    outcome = sweep.outcome(trial_name(candidate.config))
     trial = Trial(candidate.config, candidate.varied, candidate.typed, outcome)
     candidate.problems = _problems(trial, sweep, prepared, elsewhere)
     return None if candidate.problems else trial

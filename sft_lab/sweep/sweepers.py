@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft_lab import command_line, outside
 from sft_lab import config as configs
+from sft_lab.composing import COMPOSE_ERRORS
 from sft_lab.errors import ConfigError, Interrupted, Leave, RunError, SftLabError
 from sft_lab.schema import SweepConfig
 from sft_lab.sweep import conduct, trial
@@ -171,7 +172,7 @@ class GridSweeper(Sweeper):
             config = configs.to_config(cfg, self._processes)
         except ConfigError as error:
             return Candidate(list(varied), list(words), None, error.problems)
-        except configs.COMPOSE_ERRORS as error:
+        except COMPOSE_ERRORS as error:
             return Candidate(list(varied), list(words), None, [str(error).strip().splitlines()[0]])
         config.sweep.name = self.directory.name
         tracking = config.tracking

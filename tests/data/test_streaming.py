@@ -26,7 +26,7 @@ BAD = 30  # behind what is looked at before training, see the fixture
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sft_lab.data.prepare._STREAM_SAMPLE", 20)
+    monkeypatch.setattr("sft_lab.data.selection._STREAM_SAMPLE", 20)
     monkeypatch.setattr(streaming, "_WINDOW", 16)
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from sft_lab import config as configs
+from sft_lab.sweep.ledger import trial_name
 from tests.conftest import Cli, may_mount
 from tests.sweep.test_sweep import UNTRACKED, begun, states, times, trials
 from tests.test_run import check, lines, read
@@ -85,7 +86,7 @@ def test_two_sweeps_of_one_name_at_once(main: Cli, tmp_path: Path) -> None:
 def test_a_trial_whose_disk_is_full_leaves_the_others_alone(cli: Cli, tmp_path: Path) -> None:
     """Only the second trial's checkpoints lie on a disk of 100 kB; with a larger one the same command completes it."""
     sweep = tmp_path / "outputs" / "sweeps" / "s"
-    full = configs.trial_name(configs.to_config(configs.compose([*UNTRACKED, "peft=lora_r16", "trainer.save_steps=2"])))
+    full = trial_name(configs.to_config(configs.compose([*UNTRACKED, "peft=lora_r16", "trainer.save_steps=2"])))
     small = sweep / full / "checkpoints"
     small.mkdir(parents=True)
     words = ["-m", *UNTRACKED, "trainer.save_steps=2", "sweep.name=s", "peft=lora_r8,lora_r16,lora_r64"]
