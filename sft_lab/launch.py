@@ -144,7 +144,7 @@ def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
     if config.distributed.method == "single":
         train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
         return
-    models.fetch(config.model)  # once, and before there are ranks
+    models.fetch(config.model)  # before there are ranks, or other machines, which may share the cache, look for it
     if meeting is None:
         agent.run(config, run)  # the ranks find the callbacks themselves
     else:
