@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -16,6 +17,7 @@ from sft_lab.console import Progress
 from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory
 from sft_lab.tracking import Tracker, flatten_event
+from sft_lab.unlogged import Unlogged
 
 
 class TokenCounter:
@@ -41,12 +43,10 @@ class TokenCounter:
 class Metrics(TrainerCallback):
     """Writes each logging event to metrics.jsonl, the tracker and the terminal, and stops a run that diverged."""
 
-    def __init__(self, run: RunDirectory, tracker: Tracker, progress: Progress, past: list[dict[str, Any]]):
+    def __init__(self, run: RunDirectory, tracker: Tracker, progress: Progress, past: Unlogged):
         self.run, self.tracker, self.progress = run, tracker, progress
         self.counter: TokenCounter | None = None  # set once the model is there
-        trained = [event for event in past if event["split"] == "train"]
-        self._before_s = trained[-1]["time_s"] if trained else 0.0
-        self.past_tokens = trained[-1]["tokens"] if trained else 0
+        self._before_s, self.past_tokens = past.time_s, past.tokens
         self._last = (0.0, self.past_tokens)
         self._began = time.perf_counter()
         self.trained_s = self._before_s  # time_s as training ended
@@ -67,9 +67,7 @@ class Metrics(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.step(state.global_step)
-        # The last step too, where logging_steps does not divide; and those from which a killed run goes on, so that
-        # what it logs next is a mean over the same steps.
-        if state.global_step == state.max_steps or state.global_step % state.save_steps == 0:
+        if state.global_step == state.max_steps:  # where logging_steps does not divide
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
@@ -128,10 +126,14 @@ class Opening(TrainerCallback):
 
 
 class Saving(TrainerCallback):
-    """Says when a checkpoint is due by the clock, and marks one as whole once every rank has written its last file."""
+    """Says when a checkpoint is due by the clock, and marks one as whole once every rank has written its last file.
 
-    def __init__(self, run: RunDirectory, every_minutes: float):
-        self.run, self._every_s = run, 60 * every_minutes
+    Args:
+        add: what puts more into a checkpoint than the Trainer does.
+    """
+
+    def __init__(self, run: RunDirectory, every_minutes: float, add: Callable[[Path], None]):
+        self.run, self._every_s, self._add = run, 60 * every_minutes, add
         self._saved_at = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -153,8 +155,10 @@ class Saving(TrainerCallback):
         if broken:
             raise _diverged("weights are not finite", args, state)
         self._saved_at = time.monotonic()
+        checkpoint = checkpoints.at(self.run, state.global_step)
+        self._add(checkpoint)
         if ranks.leads():
-            checkpoints.seal(checkpoints.at(self.run, state.global_step))
+            checkpoints.seal(checkpoint)
             self.run.set_status("running", step=state.global_step)
 
 

@@ -47,17 +47,14 @@ def newest(run: RunDirectory) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def drop_after(run: RunDirectory, step: int) -> None:
-    """Remove what is newer than `step`: torn ones, which the run will write again."""
-    for checkpoint in _all(run):
-        if step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint)
-
-
 def drop_torn(run: RunDirectory) -> None:
+    """
+    Raises:
+        OSError: one cannot be removed.
+    """
     for checkpoint in _all(run):
         if _damage(checkpoint):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            shutil.rmtree(checkpoint)
 
 
 def saved_bytes(run: RunDirectory) -> int:

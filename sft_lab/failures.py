@@ -48,7 +48,8 @@ def _no_space(config: Config, run: RunDirectory, text: str) -> RunError:
     run.spend_reserve()
     without = ""
     if ranks.leads():  # the others share its directory
-        checkpoints.drop_torn(run)
+        with contextlib.suppress(OSError):
+            checkpoints.drop_torn(run)
         without = " without what could not be saved"
     kept, _ = checkpoints.newest(run)
     goes_on = f"{kept.name} is whole, and `resume` goes on from it" if kept else "no checkpoint was saved yet"

@@ -236,10 +236,9 @@ class RunDirectory:
                 events.append(json.loads(line))
         return events
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop what was logged after `step`, where a resumed run goes on."""
-        kept = [json.dumps(event) + "\n" for event in self.read_metrics() if event["step"] <= step]
-        write_text(self.metrics, "".join(kept))
+    def rewind_metrics(self, count: int) -> None:
+        """Keep the first `count` events, those of before the place from which a resumed run goes on."""
+        write_text(self.metrics, "".join(json.dumps(event) + "\n" for event in self.read_metrics()[:count]))
 
     def write_verdict(self, error: SftLabError) -> None:
         """How the ranks ended, for who started them; the first word counts."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from sft_lab import adapter, checkpoints, console, distributed, held_out, outcome, ranks, tracking
+from sft_lab import adapter, checkpoints, console, distributed, held_out, outcome, ranks, tracking, unlogged
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab import trainer as trainers
@@ -52,9 +52,13 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
         set_seed(config.seed)
         outcome.forget_peak_memory()
         progress = console.Progress()
-        metrics = Metrics(run, tracker, progress, run.read_metrics())
-        saving = Saving(run, config.trainer.save_minutes)
+        past = unlogged.at(checkpoint)
+        metrics = Metrics(run, tracker, progress, past)
         before: dict[str, float] = {}
+
+        def keep_unlogged(folder: Path) -> None:
+            assert metrics.counter is not None
+            unlogged.keep(folder, trainer, len(run.read_metrics()), metrics.counter.total(), metrics.time_s)
 
         def open_training() -> None:
             trainer.state.compute_steps(trainer.args, trainer.state.max_steps)  # a checkpoint brings its own intervals
@@ -67,7 +71,9 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
             set_seed(config.seed + ranks.index())  # from here on dropout draws, in each rank its own
             if trainer.state.global_step >= trainer.state.max_steps:
                 raise _NothingLeft
+            unlogged.restore(past, trainer)
 
+        saving = Saving(run, config.trainer.save_minutes, keep_unlogged)
         watching = [Opening(open_training), metrics, saving, stop, *callbacks, *tracker.callbacks]
         trainer = trainers.build(config, run, data, watching)
         trained = adapter.trained(trainer.model)
@@ -117,11 +123,10 @@ def _rewind(run: RunDirectory) -> Path | None:
     checkpoint, passed_over = checkpoints.newest(run)
     for reason in passed_over:
         log.warning("passed over %s", reason)
-    step = checkpoints.step_of(checkpoint) if checkpoint else 0
-    checkpoints.drop_after(run, step)
-    run.rewind_metrics(step)
+    checkpoints.drop_torn(run)  # the Trainer would count them, where it takes the oldest away
+    run.rewind_metrics(unlogged.at(checkpoint).events)
     if checkpoint:
-        console.say(f"going on from step {step}")
+        console.say(f"going on from step {checkpoints.step_of(checkpoint)}")
     return checkpoint
 
 
