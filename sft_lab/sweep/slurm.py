@@ -94,12 +94,13 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         watcher = QueueWatcher(delay_s=30)
         submitit.SlurmJob.watcher = watcher  # of the class: each job registers itself there as it is made
         try:
-            return super().launch(job_overrides, initial_job_idx)
+            try:
+                return super().launch(job_overrides, initial_job_idx)
+            except UncompletedJobError as error:
+                lost = ", ".join(f"{job} {state}" for job, state in watcher.wait().items())
+                raise RunError(f"Slurm jobs: {lost}" if lost else str(error)) from error
         except (KeyboardInterrupt, Interrupted):
             arrays = sorted({job.partition("_")[0] for job in watcher.left})
             if arrays:
                 say(f"the jobs stay with Slurm, and go on without this command; scancel {' '.join(arrays)} ends them")
             raise
-        except UncompletedJobError as error:
-            lost = ", ".join(f"{job} {state}" for job, state in watcher.wait().items())
-            raise RunError(f"Slurm jobs: {lost}" if lost else str(error)) from error

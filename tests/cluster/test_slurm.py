@@ -144,6 +144,26 @@ def test_ctrl_c_leaves_the_jobs_to_slurm_and_says_how_to_end_them(slurm: dict[st
     assert states(tmp_path) == ["completed", "completed"]
 
 
+def test_ctrl_c_says_so_too_while_it_waits_for_what_a_lost_job_has_left(slurm: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sft_lab", *(word for word in WORDS if "=1e-3" not in word)]
+    command += ["trainer.learning_rate=1e-3,2e-3", "hydra.launcher.array_parallelism=1", "trainer.max_steps=5000"]
+    pipe = subprocess.PIPE
+    heard = ["env", "--default-signal=INT", *command]
+    process = subprocess.Popen(heard, cwd=tmp_path, env=slurm, stdout=pipe, stderr=pipe, text=True)
+    try:
+        subprocess.run(["scancel", "--full", "--signal=KILL", job(slurm, 0, "RUNNING")], env=slurm, check=True)
+        array = job(slurm, 1, "RUNNING").partition("_")[0]
+        _, second = trials(tmp_path).values()
+        wait("it trains, and the loss of the first was seen long ago", trains(second, 5))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        subprocess.run(["scancel", "--me"], env=slurm, check=True)
+    assert process.returncode == 130, out + err
+    assert f"scancel {array} ends them" in out
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_tasks_of_a_step_make_up_one_run(slurm: dict[str, str], tmp_path: Path, ranks: int) -> None:
     """Two tasks, each on a node of its own: the ranks themselves, or each starts two of them."""
