@@ -107,6 +107,8 @@ def _checked(config: Config, run: RunDirectory) -> tuple[Prepared, Report]:
 def _freeze(config: Config, run: RunDirectory, overrides: list[str]) -> None:
     """Claim the directory and write down what was asked for, complete enough to run it again."""
     run.claim()
+    if meeting := meetings.current():
+        meeting.note_run(str(run.path))
     write_text(run.overrides, yaml.safe_dump(overrides, allow_unicode=True))
     write_text(run.config, configs.to_yaml(absolute(config)))
     run.set_status("running", started_at=now())
@@ -139,16 +141,18 @@ def _write_prepared(config: Config, run: RunDirectory, data: Prepared, report: R
 def _train(run: RunDirectory, stop: Stop, callbacks: Sequence[Any]) -> None:
     """Train from the run directory alone: in this process, in ranks that it starts, or as one of those it is among."""
     config = configs.load(run.config)
-    run.clear_verdict()
     meeting = meetings.current()
     if config.distributed.method == "single":
         train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks)
         return
     models.fetch(config.model)  # before there are ranks, or other machines, which may share the cache, look for it
     if meeting is None:
+        run.clear_verdict()
         agent.run(config, run)  # the ranks find the callbacks themselves
     else:
         each = config.distributed.num_processes // meeting.group.count
+        meeting.all_here(config.distributed.timeout_min)
+        run.clear_verdict()  # nobody is left who would write another about an attempt before this one
         meeting.send_to_run(str(run.path), each, config.distributed.timeout_min)
         worker.join(meeting, run, each, stop)
 

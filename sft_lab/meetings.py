@@ -56,6 +56,16 @@ class Meeting:
         store.set_timeout(timeout)
         return store
 
+    def all_here(self, timeout_min: float) -> None:
+        """Until each has come, and all of an attempt before this one are gone.
+
+        Raises:
+            RunError: some have not come in time.
+        """
+        timeout = timedelta(minutes=timeout_min)
+        with _in_words(timeout):
+            self._among_those_alive(timeout)
+
     def all_ready(self, problem: str, timeout_min: float) -> None:
         """Until each of those alive has come here.
 
@@ -114,7 +124,6 @@ class Meeting:
             RunError: some have not come in time.
         """
         self._say({"run": run, "each": each}, timedelta(minutes=timeout_min))
-        self._store.set("run", run)
 
     def dismiss(self, exit_code: int) -> None:
         """Let those leave that were told nothing, and wait until they know: where all is well, for late ones too."""
@@ -145,8 +154,12 @@ class Meeting:
             shared.add("heard", 1)
         return word
 
+    def note_run(self, run: str) -> None:
+        """Have those that are started after us, if one of us dies, go on with the run in the directory `run`."""
+        self._store.set("run", run)
+
     def earlier_run(self) -> str:
-        """The run that was under way when all were started again, by a starter whose store has outlived them."""
+        """The run that was begun when all were started again, by a starter whose store has outlived them."""
         return self._store.get("run").decode() if self._store.check(["run"]) else ""
 
 

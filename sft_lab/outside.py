@@ -154,7 +154,19 @@ def _first_host(nodes: str) -> str:
 
 
 def _scontrol(*words: str) -> str:
-    return subprocess.run(["scontrol", "show", *words], capture_output=True, text=True, check=True).stdout
+    """
+    Raises:
+        ConfigError: it is not there, or does not answer.
+    """
+    command = ["scontrol", "show", *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip()
+        raise ConfigError(
+            f"MASTER_ADDR : is not set, and `{' '.join(command)}` does not tell the step's first node: {reason} "
+            "(allowed: its name or address)"
+        ) from error
 
 
 def require_room(d: DistributedConfig) -> None:

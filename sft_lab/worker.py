@@ -144,26 +144,38 @@ def _made_ready(meeting: Meeting, run: RunDirectory) -> Config:
 
 
 def follow() -> int:
-    """What a process does that was started beside the first one: wait for its word, then take part."""
+    """What a process does that was started beside the first one: wait for its word, then take part.
+
+    Raises:
+        RunError: the first one ended without a word.
+    """
     meeting = meetings.current()
     assert meeting is not None
-    word = meeting.told()
-    if "leave" in word:
-        return int(word["leave"])
-    run, stop = RunDirectory(word["run"]), Stop()
+    stop = Stop()
     with stop.listening(), run_log(terminal=False) as messages:
         try:
+            word = meeting.told()
+        except Interrupted as error:
+            return _code(error)
+        if "leave" in word:
+            return int(word["leave"])
+        try:
+            run = RunDirectory(word["run"])
             if run.path.is_dir():  # else the others are told of it
                 messages.open(run.log, rank=meeting.group.index)
             join(meeting, run, word["each"], stop)
         except SftLabError as error:
             log.info("process %d: %s", meeting.group.index, error, exc_info=True)
-            # Slurm may end all tasks when one has failed, and the first has still to put the job into the queue again.
-            return 0 if isinstance(error, Interrupted) and error.warned else error.exit_code
+            return _code(error)
         except Exception:
             log.info("process %d failed", meeting.group.index, exc_info=True)
             return 1
     return 0
+
+
+def _code(error: SftLabError) -> int:
+    """Slurm may end all tasks when one has failed, and the first has still to put the job into the queue again."""
+    return 0 if isinstance(error, Interrupted) and error.warned else error.exit_code
 
 
 if __name__ == "__main__":

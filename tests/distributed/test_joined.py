@@ -96,7 +96,7 @@ def test_a_launch_that_quietly_starts_one_process_is_refused(tmp_path: Path) -> 
 def test_what_does_not_fit_is_said_once(words: list[str], said: str, tmp_path: Path) -> None:
     refused = torchrun(tmp_path, *words, *TWENTY)
     assert refused.returncode == 1  # torchrun's own; each rank's is 2
-    assert re.findall(r"exitcode *: (\d+)", refused.stderr)
+    assert set(re.findall(r"exitcode *: (\d+)", refused.stderr)) == {"2"}
     assert refused.stderr.count(said) == 1
     assert not list((tmp_path / "outputs").glob("*/*")) if (tmp_path / "outputs").exists() else True
 
@@ -141,6 +141,16 @@ def test_a_rank_that_torchrun_starts_again_goes_on_with_the_run(tmp_path: Path) 
     assert re.search(r"going on from step 1\d", output)
     (directory,) = (tmp_path / "outputs").glob("*/*")
     assert (directory / "adapter").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_that_failed_before_it_trained_is_gone_on_with(tmp_path: Path) -> None:
+    """Its directory is there when all are started again."""
+    options = ("--standalone", "--max_restarts", "1")
+    words = [*TWENTY, "distributed=ddp", "hydra.run.dir=run"]
+    done = check(torchrun(tmp_path, *words, options=options, shims=("first_fetch_fails",)))
+    assert "the hub is away" in done.stderr
+    assert read(tmp_path / "run" / "status.json")["state"] == "completed"
 
 
 @pytest.mark.slow

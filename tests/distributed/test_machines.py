@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sft_lab import config as configs
@@ -110,3 +112,12 @@ def test_a_rank_takes_a_gpu_that_it_sees(
     group = outside.group()
     assert group is not None
     assert group.as_rank()["LOCAL_RANK"] == str(device)
+
+
+def test_a_step_whose_nodes_nobody_can_name_is_refused(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a container Slurm's commands are often missing."""
+    here(machine, 0, {**slurm(2, 1), "PATH": str(tmp_path)})
+    machine.delenv("MASTER_ADDR")
+    told = r"MASTER_ADDR : is not set, .*'scontrol' \(allowed: its name or address\)"
+    with pytest.raises(ConfigError, match=told):
+        outside.group()

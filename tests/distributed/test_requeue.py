@@ -94,14 +94,15 @@ def test_a_warning_requeues_and_a_request_to_end_does_not(
 
 
 class _Met:
-    """A meeting whose first process has sent the others to a run."""
+    """A meeting whose first process has sent the others to a run, after `before` has happened."""
 
     group = Group(1, 2, 0, "Slurm", "localhost", 1)
 
-    def __init__(self, run: Path):
-        self._run = run
+    def __init__(self, run: Path, before: Callable[[], None] = lambda: None):
+        self._run, self._before = run, before
 
     def told(self) -> dict[str, object]:
+        self._before()
         return {"run": str(self._run), "each": 1}
 
 
@@ -120,4 +121,12 @@ def test_a_task_beside_the_first_one_ends_a_warned_run_without_a_complaint(
 
     monkeypatch.setattr(meetings, "current", lambda: _Met(tmp_path))
     monkeypatch.setattr(worker, "join", ends)
+    assert worker.follow() == code
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_task_that_waits_for_the_first_ones_word_hears_signals_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
+) -> None:
+    monkeypatch.setattr(meetings, "current", lambda: _Met(tmp_path, lambda: signal.raise_signal(signum)))
     assert worker.follow() == code

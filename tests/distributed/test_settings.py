@@ -202,7 +202,8 @@ def test_a_checkpoint_is_due_by_the_clock_a_minute_after_the_last(
     clock = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     run, state = RunDirectory(tmp_path), SimpleNamespace(global_step=1)
-    saving = Saving(run, every_minutes=1)
+    added: list[Path] = []
+    saving = Saving(run, every_minutes=1, add=added.append)
 
     def due() -> bool:
         control = SimpleNamespace(should_save=False)
@@ -218,10 +219,11 @@ def test_a_checkpoint_is_due_by_the_clock_a_minute_after_the_last(
     (run.checkpoints / "checkpoint-1").mkdir(parents=True)
     run.set_status("running")
     saving.on_save(None, state, None, model=Linear(1, 1))
+    assert added == [run.checkpoints / "checkpoint-1"]
     assert not due()
     clock += 61
     assert due()
-    saving = Saving(run, every_minutes=0)
+    saving = Saving(run, every_minutes=0, add=added.append)
     clock += 10**6
     assert not due()
 
@@ -296,6 +298,7 @@ def test_those_alive_meet_whatever_the_dead_have_left() -> None:
     assert dead[0].earlier_run() == ""
     with ThreadPoolExecutor(3) as pool:
         told = [pool.submit(one.told) for one in dead[1:]]
+        dead[0].note_run("runs/a")
         dead[0].send_to_run("runs/a", 1, 1)
         assert [one.result(timeout=30) for one in told] == [{"run": "runs/a", "each": 1}] * 2
         first, second = came(0), came(1)
