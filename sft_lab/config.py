@@ -1,7 +1,4 @@
-"""From what was typed to a checked `Config`.
-
-Nothing above this module knows Hydra or OmegaConf.
-"""
+"""From what was typed to a checked `Config`, which has nothing of Hydra and OmegaConf in it, and to its file."""
 
 from __future__ import annotations
 

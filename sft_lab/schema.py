@@ -2,7 +2,7 @@
 
 The files in conf/ hold what a run uses; the defaults here only make each group constructible in a test. `metadata`
 carries what a type cannot say: `choices` (allowed values), `min` and `max`. `extra` mappings pass
-further arguments to the library class that the group builds; `config.py` checks their keys against that class.
+further arguments to the library class that the group builds; `checks.py` checks their keys against that class.
 """
 
 from __future__ import annotations

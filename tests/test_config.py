@@ -20,7 +20,6 @@ from sft_lab.library import EXTRA_OF, OPTIMIZERS, SCHEDULERS, enum_values, field
 from sft_lab.options import CONF_DIR, groups
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config, SourceConfig
-from sft_lab.sweep.ledger import trial_name
 
 OPTIONS = [f"{group}={option}" for group, options in groups().items() for option in options]
 MISSING = {  # the options that leave a value to the person
@@ -575,39 +574,6 @@ def test_a_frozen_config_of_another_version_is_refused_with_its_file(tmp_path: P
         configs.load(file)
     assert all(problem.startswith(f"{file}: ") for problem in refused.value.problems)
     assert "trainer.learning_rte" in str(refused.value)
-
-
-def trial_id(*words: str) -> str:
-    return trial_name(build(*words))
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("trainer.learning_rate=1e-3 seed=3", "seed=3 trainer.learning_rate=0.001"),
-        ("peft=lora_r8", "peft.r=8 peft.lora_alpha=16"),
-        ("model=tiny_llama", "model=tiny_llama trainer.learning_rate=2e-3"),
-        ("tracking=none", "tracking.project=other tracking.tags=[a] sweep.name=x"),
-        ("trainer.global_batch_size=16", "trainer.gradient_accumulation_steps=2"),
-    ],
-)
-def test_trial_id_is_the_same_however_the_config_was_typed(one: str, other: str) -> None:
-    assert trial_id(*one.split()) == trial_id(*other.split())
-
-
-def test_trial_id_tells_trials_apart_and_says_what_they_are() -> None:
-    typed = [
-        "seed=1",
-        "seed=2",
-        "peft=lora_r8",
-        "trainer.learning_rate=1e-3",
-        "trainer.packing=true",
-        "data.eval_rows=5",
-    ]
-    ids = [trial_id(words) for words in typed]
-    assert len(set(ids)) == len(ids)
-    assert ids[2].startswith("lora-r8-lr0.002-")
-    assert ids[3].startswith("lora-r16-lr0.001-")
 
 
 # --------------------------------------------------------------------------------------------- other data for `eval`

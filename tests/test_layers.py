@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import sft_lab
+from tests.conftest import ROOT
 
 PACKAGE = Path(sft_lab.__file__).parent
 LAYERS: dict[str, int] = {
@@ -41,6 +43,7 @@ LAYERS: dict[str, int] = {
             "shared",
             "integrations",
             "tracking",
+            "unlogged",
             "trainer",
             "wandb_client",
             "wandb_run",
@@ -96,6 +99,14 @@ def imports(file: Path) -> list[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.append((node.module, top))
     return found
+
+
+def test_the_table_of_contributing_says_the_same() -> None:
+    table = re.findall(
+        r"^\| (\d) \| ([^|]*) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    told = {name: int(layer) for layer, modules in table for name in re.findall(r"`(\w+)/?`", modules)}
+    assert told == {name: layer for name, layer in LAYERS.items() if name}
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
