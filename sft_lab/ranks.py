@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from sft_lab.errors import RunError
 
 T = TypeVar("T")
+_AFTER_A_COLLECTIVE_S = 0.02  # what its thread has still to do takes microseconds, once it is given a core
 
 
 def begin(expected: int, timeout_min: int, store: Any = None) -> None:
@@ -22,6 +25,8 @@ def begin(expected: int, timeout_min: int, store: Any = None) -> None:
     """
     import torch
 
+    if sys.version_info < (3, 11, 10):
+        os.register_at_fork(before=_let_threads_finish)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
@@ -33,6 +38,14 @@ def begin(expected: int, timeout_min: int, store: Any = None) -> None:
     )
     if size() != expected:
         raise RunError(f"distributed.num_processes={expected} : {size()} processes were started")
+
+
+def _let_threads_finish() -> None:
+    """Before a data worker is forked: while a thread of Gloo's enters the interpreter, to let go of a tensor, it holds
+    a lock that nobody would give back in the child, which would wait for it forever, and the run for the child
+    (python/cpython#112275).
+    """
+    time.sleep(_AFTER_A_COLLECTIVE_S)
 
 
 def end() -> None:
