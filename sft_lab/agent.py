@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from sft_lab.callbacks import STOPPING, echoes
+from sft_lab.console import say
 from sft_lab.errors import Interrupted, RunError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
@@ -52,6 +53,7 @@ def run(config: Config, run: RunDirectory, node: int = 0, nodes: int = 1, addres
     if died and run.completed:
         log.warning("%s, after the run was complete", died)
     elif died:
+        say(f"`python -m sft_lab resume {run.path}` goes on")
         raise RunError(died)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sft_lab import agent, drift, meetings, outside, preflight, provenance, train, worker
+from sft_lab import agent, checkpoints, drift, meetings, outside, preflight, provenance, train, worker
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab.callbacks import Stop
@@ -92,6 +92,8 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
             run.unlock()
             raise
         run.set_status("running", ended_at=None, pruned_at_step=None)
+        if checkpoints.newest(run)[0] is None:
+            say("no checkpoint was saved yet: it begins again")
         with _recorded(run, messages):
             if not run.data.is_dir():  # it ended before its data was written
                 data, report = _checked(config, run)

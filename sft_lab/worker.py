@@ -88,6 +88,9 @@ def take_part(run: RunDirectory, stop: Stop, meeting: Meeting | None) -> None:
     ranks.begin(d.num_processes, d.timeout_min, meeting.ranks(d.timeout_min) if meeting else None)
     if not ranks.leads():
         console.console.quiet = True
+    elif (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        allowed = os.environ["TORCHELASTIC_MAX_RESTARTS"]
+        log.warning("a rank has died, and all were started again (%s of %s times)", restart, allowed)
     try:
         train.run(config, run, Prepared.load(run, config.model.trust_remote_code), stop, callbacks_of(run))
         ranks.end()

@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         if not args.html:
             terminal.show(comparison, verdict)
         terminal.say_verdict(verdict)
+        if args.html:
+            print(f"report: {args.html}")
     return 0
 
 

@@ -117,7 +117,8 @@ def detect(row: Mapping[str, Any], names: Sequence[str] = ()) -> str:
                 return name
     wanted = [column for name in names for column in FORMATS[name].columns if column not in row]
     hints = (nearest(column, wanted, cutoff=0.75) for column in row)  # looser, `content` would be near `conversations`
-    raise RowError(f"columns {listed(row)} fit no format ({_overview(names)}{next(filter(None, hints), '')})")
+    hint = next(filter(None, hints), "; data.columns maps other names to these")
+    raise RowError(f"columns {listed(row)} fit no format ({_overview(names)}{hint})")
 
 
 def _overview(names: Sequence[str]) -> str:

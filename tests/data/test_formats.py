@@ -218,6 +218,7 @@ def test_a_row_of_weight_1_is_a_row(weight: Any) -> None:
         ({"mesages": []}, "; text: text; did you mean 'messages'?)"),
         ({"instruction": "a", "Outputs": "b"}, "; did you mean 'output'?)"),
         ({"prompt": "a"}, "columns prompt fit no format"),
+        ({"prompt": "a"}, "; data.columns maps other names to these)"),
         ({f"c{i}": 0 for i in range(30)}, "c10, c11 and 18 more fit no format"),
         ({"text": "a", "weight": 0.5}, "weight is 0.5 (allowed: 0, which leaves the row out, and 1)"),
         ({"text": "a", "weight": "high"}, "weight is 'high' (allowed: 0"),

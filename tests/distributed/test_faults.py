@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "going on from step 21" in output
+    assert "a rank has died, and all were started again (1 of 1 times)" in errors
     assert adapter(tmp_path / "run") == undisturbed
     run = RunDirectory(tmp_path / "run")
     assert [event["step"] for event in run.read_metrics() if event["split"] == "train"] == list(range(1, 61))
@@ -68,9 +70,10 @@ def test_a_killed_rank_without_restarts_is_told_and_resumed(tmp_path: Path, undi
     process = start(TWO, tmp_path, environment())
     wait_for_step(process, 9)
     ranks_of(process)[1].kill()
-    _, errors = process.communicate()
+    output, errors = process.communicate()
     assert process.returncode == 1
     assert errors.splitlines()[-1] == "sft_lab: rank 1 was killed by SIGKILL"
+    assert re.search(r"`python -m sft_lab resume \S*/run` goes on", output)
     status = read(tmp_path / "run" / "status.json")
     assert (status["state"], status["error"]) == ("failed", "rank 1 was killed by SIGKILL")
     check(cli("resume", "run", env=environment()))
