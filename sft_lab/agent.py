@@ -53,7 +53,8 @@ def run(config: Config, run: RunDirectory, node: int = 0, nodes: int = 1, addres
     if died and run.completed:
         log.warning("%s, after the run was complete", died)
     elif died:
-        say(f"`python -m sft_lab resume {run.path}` goes on")
+        if node == 0:
+            say(f"`python -m sft_lab resume {run.path}` goes on")
         raise RunError(died)
 
 

@@ -48,13 +48,9 @@ def newest(run: RunDirectory) -> tuple[Path | None, list[str]]:
 
 
 def drop_torn(run: RunDirectory) -> None:
-    """
-    Raises:
-        OSError: one cannot be removed.
-    """
     for checkpoint in _all(run):
         if _damage(checkpoint):
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def saved_bytes(run: RunDirectory) -> int:

@@ -48,8 +48,7 @@ def _no_space(config: Config, run: RunDirectory, text: str) -> RunError:
     run.spend_reserve()
     without = ""
     if ranks.leads():  # the others share its directory
-        with contextlib.suppress(OSError):
-            checkpoints.drop_torn(run)
+        checkpoints.drop_torn(run)
         without = " without what could not be saved"
     kept, _ = checkpoints.newest(run)
     goes_on = f"{kept.name} is whole, and `resume` goes on from it" if kept else "no checkpoint was saved yet"

@@ -93,7 +93,7 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
             raise
         run.set_status("running", ended_at=None, pruned_at_step=None)
         if checkpoints.newest(run)[0] is None:
-            say("no checkpoint was saved yet: it begins again")
+            say("there is no whole checkpoint: it begins again")
         with _recorded(run, messages):
             if not run.data.is_dir():  # it ended before its data was written
                 data, report = _checked(config, run)

@@ -58,7 +58,8 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
 
         def keep_unlogged(folder: Path) -> None:
             assert metrics.counter is not None
-            unlogged.keep(folder, trainer, len(run.read_metrics()), metrics.counter.total(), metrics.time_s)
+            events = len(run.read_metrics()) if ranks.leads() else 0
+            unlogged.keep(folder, trainer, events, metrics.counter.total(), metrics.time_s)
 
         def open_training() -> None:
             trainer.state.compute_steps(trainer.args, trainer.state.max_steps)  # a checkpoint brings its own intervals

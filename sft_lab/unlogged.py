@@ -24,8 +24,8 @@ class Unlogged:
         events: lines of metrics.jsonl.
         tokens: that training has passed through the model, over all ranks.
         time_s: seconds spent training, over all sessions.
-        of_ranks: for each rank the sum of its losses since `logged_at`, the last step that was logged, and the values
-            of which TRL will log means.
+        of_ranks: for each rank the sum of its losses since `logged_at`, the last step that was logged, the values of
+            which TRL will log means, and the tokens that TRL has counted.
     """
 
     events: int = 0
@@ -44,6 +44,7 @@ def keep(checkpoint: Path, trainer: Any, events: int, tokens: int, time_s: float
         "loss": trainer._tr_loss.item(),  # of 32 bits, which JSON keeps
         "logged_at": trainer._globalstep_last_logged,
         "means_of": dict(trainer._metrics["train"]),
+        "num_tokens": trainer._total_train_tokens,
     }
     of_ranks = ranks.gathered(mine)
     if ranks.leads():
@@ -51,9 +52,17 @@ def keep(checkpoint: Path, trainer: Any, events: int, tokens: int, time_s: float
 
 
 def restore(unlogged: Unlogged, trainer: Any) -> None:
-    """Have the Trainer, whose counts stand at zero, count on from there; nothing for a run that begins."""
-    if unlogged.of_ranks:
-        mine = unlogged.of_ranks[ranks.index()]
-        trainer._tr_loss += mine["loss"]
-        trainer._globalstep_last_logged = mine["logged_at"]
-        trainer._metrics["train"].update(mine["means_of"])
+    """Have the Trainer, whose counts stand at zero, count on from there; nothing for a run that begins.
+
+    Ranks that are more or fewer than before take what these had on average: all of it but the losses is alike.
+    """
+    if not unlogged.of_ranks:
+        return
+    average = sum(rank["loss"] for rank in unlogged.of_ranks) / len(unlogged.of_ranks)
+    same = len(unlogged.of_ranks) == ranks.size()
+    mine = unlogged.of_ranks[ranks.index()] if same else {**unlogged.of_ranks[0], "loss": average}
+    trainer._tr_loss += mine["loss"]
+    trainer._total_loss_scalar -= average  # of this session alone, by whose steps the Trainer divides it at the end
+    trainer._globalstep_last_logged = mine["logged_at"]
+    trainer._metrics["train"].update(mine["means_of"])
+    trainer._total_train_tokens = mine["num_tokens"]

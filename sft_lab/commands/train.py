@@ -37,10 +37,11 @@ def main(argv: Sequence[str]) -> int:
                 f"-m : {meeting.group.by} started this command {meeting.group.count} times, and a sweep starts the "
                 "ranks of its trials itself (allowed: to start it once)"
             )
-        if earlier := meeting.earlier_run():
+        earlier = meeting.earlier_run()
+        if earlier and RunDirectory(earlier).config.is_file():  # else it was no run yet
             from sft_lab.launch import resume
 
-            resume(RunDirectory.open(earlier))
+            resume(RunDirectory(earlier))
             return 0
     if command.composes and command.multirun:
         from sft_lab.sweep import sweepers

@@ -150,7 +150,7 @@ def test_a_run_that_failed_before_it_trained_is_gone_on_with(tmp_path: Path) -> 
     words = [*TWENTY, "distributed=ddp", "hydra.run.dir=run"]
     done = check(torchrun(tmp_path, *words, options=options, shims=("first_fetch_fails",)))
     assert "the hub is away" in done.stderr
-    assert "no checkpoint was saved yet: it begins again" in done.stdout
+    assert "there is no whole checkpoint: it begins again" in done.stdout
     assert read(tmp_path / "run" / "status.json")["state"] == "completed"
 
 
