@@ -33,7 +33,7 @@ test-all: $(VENV)/.stamp ## every test that needs no GPU
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation 'sft-lab[deepspeed]'
 	@DS_ACCELERATOR=cpu $(BIN)/python -c \
 		'import deepspeed, submitit; from hydra_plugins import hydra_ray_launcher, hydra_submitit_launcher' || \
-		{ echo 'make test-all: the tests of what cannot be imported would be skipped' >&2; exit 1; }
+		{ echo 'make test-all: what cannot be imported cannot be tested' >&2; exit 1; }
 	$(PYTEST) -m "not gpu" $(ARGS)
 
 bench: $(VENV)/.stamp ## measurements, side by side (ARGS=NAME for one of them)

@@ -59,8 +59,6 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 @pytest.mark.e2e
 @pytest.mark.parametrize("launcher", ["joblib", "local", "ray"])
 def test_a_trial_is_the_same_to_the_byte_through_every_launcher(swept: Callable[[str], Swept], launcher: str) -> None:
-    if launcher == "ray":
-        pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     adapters, verdict = swept("basic")
     assert len(set(adapters.values())) == 2
     assert swept(launcher) == (adapters, verdict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -23,7 +22,6 @@ from tests.test_run import check, lines, read
 
 pytestmark = pytest.mark.e2e
 SHIMS = {"ddp": "ranks_only_train", "fsdp2": "fsdp_on_cpu", "zero": "deepspeed_without_compiler"}  # one at a time
-DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +54,6 @@ METHODS = {
 )
 def test_the_adapter_is_that_of_one_process(name: str, tmp_path: Path, cli: Cli, single: Path) -> None:
     words, ranks, proof = METHODS[name]
-    if name.startswith("zero") and not DEEPSPEED:
-        pytest.skip("deepspeed is not installed")
     count = f"distributed.num_processes={ranks}"
     env = environment(*[shim for method, shim in SHIMS.items() if name.startswith(method)])
     done = check(cli(*TWENTY, *words, count, "trainer.save_steps=10", "hydra.run.dir=run", env=env))
@@ -106,8 +102,6 @@ def test_the_adapter_on_a_quantised_base_is_that_of_one_process(
     name: str, tmp_path: Path, cli: Cli, single_nf4: Path
 ) -> None:
     words, ranks, proof = METHODS[name]
-    if name.startswith("zero") and not DEEPSPEED:
-        pytest.skip("deepspeed is not installed")
     env = environment(*[shim for method, shim in SHIMS.items() if name.startswith(method)])
     count = f"distributed.num_processes={ranks}"
     done = check(cli(*TWENTY, "quant=nf4", *words, count, "hydra.run.dir=run", env=env))
@@ -157,8 +151,6 @@ def test_sharded_in_bf16_layers_pass_on_bf16_and_the_model_fp32(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["ddp 4", "fsdp2 sharded", "fsdp2 hybrid", "zero2", "zero3"])
 def test_a_run_of_several_ranks_that_was_killed_goes_on_to_the_same_bytes(name: str, tmp_path: Path, cli: Cli) -> None:
     words, ranks, _ = METHODS[name]
-    if name.startswith("zero") and not DEEPSPEED:
-        pytest.skip("deepspeed is not installed")
     env = environment(*[shim for method, shim in SHIMS.items() if name.startswith(method)])
     run = [*TWENTY, *words, f"distributed.num_processes={ranks}", "trainer.save_steps=5", "trainer.logging_steps=1"]
     check(cli(*run, "hydra.run.dir=whole", env=env))
