@@ -73,7 +73,9 @@ class Finished:
 
     def answer(self, messages: list[Message], max_new_tokens: int) -> str:
         """The greedy answer to a conversation that ends with the user's turn."""
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.config.chat_template.kwargs
+        )
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return evaluate.generate(self.model, self.tokenizer, [ids], self.template.turn_end.id, max_new_tokens, 1)[0]
 

@@ -86,7 +86,12 @@ def _rows(config: Config, data: Prepared, report: Report) -> None:
             report.add(f"dropped_{kind}{name}", "warning", f"{len(ids)} {held_out}rows left out ({name})", ids)
     for how, names in facts["shortened_rows"].items():
         ids = [data.named(*row) for row in names]
-        report.add(how, "warning", f"{len(ids)} rows of more than {config.trainer.max_length} tokens: {how}", ids)
+        which = (
+            "that are not what the model is asked with"
+            if how == "split_by_turn"
+            else (f"of more than {config.trainer.max_length} tokens")
+        )
+        report.add(how, "warning", f"{len(ids)} rows {which}: {how}", ids)
 
 
 def _empty_sources(config: Config, mixed: dict[str, int], report: Report) -> None:
@@ -116,6 +121,18 @@ _NOTES = {
     "empty_question": ("warning", "rows have a question without words"),
     "empty_answer": ("warning", "rows have an empty answer"),
     "thought_left_out": ("warning", "rows have a thought (reasoning_content) that the chat template leaves out"),
+    "thought_in_words": ("warning", "rows have a <think> in their words, where the chat template writes no thoughts"),
+    "context_differs": (
+        "warning",
+        "rows have other words before a learned turn than the model is asked with, as of a chat template that leaves "
+        "earlier thoughts out (data.on_context_mismatch=split trains such turns apart, each behind its own prompt)",
+    ),
+    "other_turn_end": (
+        "warning",
+        "rows end a learned turn with a token at which an answer does not stop, since another message follows "
+        "(data.on_context_mismatch=split trains such turns apart, each with the end that it has as the last)",
+    ),
+    "unknown_token": ("warning", "rows learn the unknown token, for characters that the tokenizer does not have"),
     "prompt_tokens_differ": ("warning", "rows have a prompt that is cut into other tokens than it is when alone"),
     "text": ("fact", "rows are plain text, all of it learned"),
 }
@@ -133,7 +150,10 @@ def _peculiar_rows(data: Prepared, report: Report) -> None:
         level, message = _NOTES[name]
         which = pc.indices_nonzero(pc.match_substring_regex(notes, rf"\b{name}\b")).to_pylist()
         ids = [data.row_id(data.train[i]) for i in which[:_LISTED]]
-        report.add(name, level, f"{len(which)} {message}", ids)
+        report.add(name, level, f"{len(which)} of {len(data.train)} {message}", ids)
+    if "thought_left_out" in seen and "thought" not in seen:
+        lost = "the chat template leaves out every thought of the data (allowed: a chat_template that writes them)"
+        report.add("every_thought_left_out", "error", lost)
     silent = np.flatnonzero(data.column("supervised") == 0)
     if len(silent):
         ids = [data.row_id(data.train[int(i)]) for i in silent[:_LISTED]]
@@ -183,7 +203,13 @@ def _tokens(data: Prepared, report: Report) -> None:
 
 def _template(data: Prepared, report: Report) -> None:
     used, tokenizer = data.template, data.tokenizer
-    report.add("chat_template", "fact", f"{used.name}; a turn ends with {used.turn_end.token}")
+    calls = f", one that calls tools with {used.call_end.token}" if used.call_end else ""
+    stops = {end.token for end in (used.turn_end, used.call_end) if end} | {tokenizer.eos_token}
+    server = "" if len(stops) == 1 else f" (a server has to stop at each of {', '.join(sorted(filter(None, stops)))})"
+    report.add("chat_template", "fact", f"{used.name}; a turn ends with {used.turn_end.token}{calls}{server}")
+    if used.date:
+        dated = f"it writes the date, {used.date} in every row of this run (chat_template.date)"
+        report.add("chat_template_date", "fact", dated)
     if used.added_tokens:
         tokens = ", ".join(used.added_tokens)
         report.add("added_tokens", "fact", f"the tokenizer lacked {tokens}: added, and their embeddings are trained")

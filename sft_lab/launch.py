@@ -103,6 +103,7 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
 
 def _checked(config: Config, run: RunDirectory) -> tuple[Prepared, Report]:
     data = prepare(config)
+    config.chat_template.date = data.template.date  # so that the run can be made again on another day
     return data, preflight.check(config, data, run)
 
 

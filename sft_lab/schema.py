@@ -113,6 +113,9 @@ class DataConfig(LocationConfig):
     on_bad_row: str = _choice("error", "error", "skip")
     on_long_row: str = _choice("drop", "drop", "truncate", "split", "error")
     truncation_side: str = _choice("right", "right", "left")
+    on_context_mismatch: str = _choice(
+        "warn", "warn", "split", "error"
+    )  # where a row is not what the model is asked with
     deduplicate: str = _choice("none", "none", "exact", "near")
     on_leak: str = _choice("error", "error", "drop")
     streaming: bool = False
@@ -125,6 +128,8 @@ class DataConfig(LocationConfig):
 class ChatTemplateConfig:
     name: str = _choice("auto", "auto", "chatml", "zephyr", "llama3", "mistral", "gemma", "qwen", "alpaca", "file")
     path: str = ""  # of a jinja file, for name=file
+    kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template, such as enable_thinking
+    date: str = ""  # that the template writes, as YYYY-MM-DD; empty: the day on which the run begins
 
 
 @dataclass

@@ -206,7 +206,7 @@ def test_a_single_row_stops_the_run_and_is_named(tmp_path: Path, name: str, row:
 
 def test_of_a_peculiarity_that_many_rows_have_some_are_listed_and_all_are_counted(tmp_path: Path) -> None:
     _, findings = examined(tmp_path, [{"text": f"hello {i}"} for i in range(150)])
-    assert findings["text"]["message"].startswith("150 rows")
+    assert findings["text"]["message"].startswith("150 of 150 rows")
     assert findings["text"]["rows"] == named(tmp_path, *range(1, 101))
 
 

@@ -40,6 +40,12 @@ _SIGNATURE = {"signature": pa.binary()}
 RowName = tuple[int, int]  # place and number
 
 
+_MISMATCH = {
+    "context_differs": "what stands before a learned turn is not what the model is asked with",
+    "other_turn_end": "a learned turn ends with a token at which an answer does not stop",
+}
+
+
 class _TooLong(RowError):
     """An error even where bad rows are left out: data.on_long_row=error asks for it."""
 
@@ -121,17 +127,18 @@ class Converter:
 
     def _parts(self, row: RawRow, account: Account) -> list[dict[str, Any]]:
         example = formats.to_example(row.value, self.format, self.columns)
-        text = formats.text_of(example, system=False)
+        text = formats.text_of(example, system=False, thoughts=False)
         whole = duplicates.digest(formats.text_of(example))
         more: dict[str, Any] = {"digest": whole, "answer": duplicates.digest(_answer(example, text))}
         if self.held_out:
             more |= self._prompt(example) | {"text": text}
         elif self.signatures:
-            more["signature"] = duplicates.signature(text)
-        encoded = self._encode(example)
-        parts = (
-            [encoded] if len(encoded.input_ids) <= self.max_length else self._shorten(row, example, encoded, account)
-        )
+            more["signature"] = duplicates.signature(formats.text_of(example, system=False))
+        parts = [
+            part
+            for encoded in self._in_context(row, example, self._encode(example), account)
+            for part in self._fitting(row, example, encoded, account)
+        ]
         self._look_for_leaks(row, text, account)
         number = itertools.count(0 if len(parts) == 1 else 1)
         return [{**self._columns(row, part), "part": next(number), **more} for part in parts]
@@ -141,6 +148,25 @@ class Converter:
         if all(label == IGNORE for label in encoded.labels):
             raise RowError(f"no token of it carries loss (data.loss={self.data.loss})")
         return encoded
+
+    def _in_context(self, row: RawRow, example: Example, encoded: Encoded, account: Account) -> list[Encoded]:
+        """The row, or one for each of its turns where they are not what the model is asked with and ends with.
+
+        Raises:
+            RowError: data.on_context_mismatch=error.
+        """
+        how, mismatch = self.data.on_context_mismatch, _MISMATCH.keys() & set(encoded.notes)
+        if not mismatch or how == "warn" or not isinstance(example, Conversation):
+            return [encoded]
+        if how == "error":
+            raise RowError(
+                f"{' and '.join(sorted(_MISMATCH[name] for name in mismatch))} (data.on_context_mismatch=error)"
+            )
+        account.shortened.setdefault("split_by_turn", []).append((row.place, row.number))
+        return tokenize.by_turn(self.tokenizer, example, self.template, self.data.loss)
+
+    def _fitting(self, row: RawRow, example: Example, encoded: Encoded, account: Account) -> list[Encoded]:
+        return [encoded] if len(encoded.input_ids) <= self.max_length else self._shorten(row, example, encoded, account)
 
     def _columns(self, row: RawRow, encoded: Encoded) -> dict[str, Any]:
         return {

@@ -60,23 +60,39 @@ def to_example(row: Any, format_name: str = "auto", columns: Mapping[str, str] =
     return FORMATS[name].convert(row)
 
 
-def text_of(example: Example, system: bool = True) -> str:
+def text_of(example: Example, system: bool = True, thoughts: bool = True) -> str:
     """All that is said, in order, as one text by which rows are compared; of tokens the ids.
 
-    Without `system` the system message is left out: a long one that all rows share would make them all alike.
+    Without `system` the system message and the tools are left out: long ones that all rows share would make them all
+    alike. Without `thoughts` what the assistant thinks is: the question and its answer are what gives a row away.
     """
     if isinstance(example, Tokens):
         return " ".join(map(str, example.input_ids))
     if isinstance(example, Text):
         return example.text
     said = [message for message in example.messages if system or message["role"] != "system"]
-    return "\n".join(part for message in said for part in _parts(message))
+    given = [*example.tools, *filter(None, [example.template_kwargs])] if system else []
+    return "\n".join([*map(_written, given), *(part for message in said for part in _parts(message, thoughts))])
 
 
-def _parts(message: Message) -> list[str]:
+def _parts(message: Message, thoughts: bool) -> list[str]:
     calls = [call["function"] for call in message.get("tool_calls", [])]  # without ids, which are often random
-    said = [json.dumps(call, ensure_ascii=False, sort_keys=True) for call in calls]
-    return [message["role"], *([message["content"]] if message["content"] else []), *said]
+    said = [message.get("reasoning_content", ""), message["content"]] if thoughts else [_answer(message)]
+    return [message["role"], *filter(None, said), *map(_written, calls)]
+
+
+def _answer(message: Message) -> str:
+    """The content without a thought in it."""
+    content = message["content"]
+    return (
+        content.rpartition("</think>")[2].strip()
+        if message["role"] == "assistant" and "</think>" in content
+        else content
+    )
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 # -------------------------------------------------------------------------------------------- which column is which

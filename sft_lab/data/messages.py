@@ -28,6 +28,7 @@ class Conversation:
 
     tools: `{"type": "function", "function": {...}}` each, as chat templates take them.
     completion_from: index of the first message that belongs to the completion.
+    template_kwargs: what the row gives the chat template, such as enable_thinking.
     notes: names of what is peculiar about it, each at most once (see `_notes`).
     """
 
@@ -35,6 +36,7 @@ class Conversation:
     tools: list[dict[str, Any]] = field(default_factory=list)
     completion_from: int = 0
     notes: list[str] = field(default_factory=list)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class Dialect(NamedTuple):

@@ -41,7 +41,8 @@ def prepare(config: Config) -> Prepared:
         RunError: the model's tokenizer or a hub data set cannot be had.
     """
     tokenizer = models.load_tokenizer(config.model)
-    used = template.apply(tokenizer, config.chat_template.name, config.chat_template.path)
+    asked = config.chat_template
+    used = template.apply(tokenizer, asked.name, asked.path, asked.kwargs, asked.date)
     work = _Work(config, tokenizer, used, Selection.of(config.data))
     _check_columns(work.selection.training)
     entry, message = cache.get(work.key(), work.build)
@@ -105,7 +106,7 @@ class _Work:
             "contents": [[place.fingerprint for place in source.places] for source in selection.every_source],
             "held_out": selection.held_out is not None,  # the last of them, then
             "format": [[s.config.format, s.config.columns] for s in selection.every_source],
-            "template": cache.digest_of(self.template.name, self.template.text),
+            "template": cache.digest_of(json.dumps(dataclasses.asdict(self.template), sort_keys=True)),
             "tokenizer": _tokenizer_digest(self.tokenizer),
             "max_length": self.config.trainer.max_length,
             "sources": list(data.sources),  # their names, under which the facts count rows
@@ -209,7 +210,7 @@ class _Work:
 
 
 _DECIDING = (
-    "loss", "on_bad_row", "on_long_row", "truncation_side", "deduplicate", "on_leak", "mix", "train_rows", "eval_rows",
+    "loss", "on_bad_row", "on_long_row", "on_context_mismatch", "truncation_side", "deduplicate", "on_leak", "mix", "train_rows", "eval_rows",
     "eval_fraction", "streaming",
 )  # fmt: skip
 

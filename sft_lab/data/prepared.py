@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from sft_lab.data.template import Template, TurnEnd
+from sft_lab.data.template import Template
 from sft_lab.errors import ConfigError
 from sft_lab.runs import RunDirectory, link_directory, read_json, whole_directory, write_json
 
@@ -47,8 +47,7 @@ class Prepared:
 
     @property
     def template(self) -> Template:
-        kept = self.facts["template"]
-        return Template(kept["name"], kept["text"], TurnEnd(**kept["turn_end"]), tuple(kept["added_tokens"]))
+        return Template.of(self.facts["template"])
 
     @functools.cached_property
     def questions(self) -> Dataset:

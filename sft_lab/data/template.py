@@ -1,23 +1,33 @@
 """Chat templates: which one a run uses, and what its tokenizer needs for it.
 
-A template comes in two texts. One is for asking: it stays in the tokenizer and is saved with it. The other renders the
-rows of training: `Template.text`, the same words with marks around what the assistant says where such a version exists.
+A template comes in two texts. `Template.asking` is for asking: it stays in the tokenizer and is saved with it. The other
+renders the rows of training: `Template.text`, the same words with marks around what the assistant says where such a
+version exists. A model may have two more for conversations with tools.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
 from importlib.resources import files as files_of
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from sft_lab.data import rendering
+from sft_lab.data.messages import Message
+from sft_lab.data.rendering import ANSWER, ASK, PROBE, TOOL, call, render, result
+from sft_lab.data.values import nearest
 from sft_lab.errors import PreflightError
 
 TEMPLATES_DIR = Path(__file__).parent.parent / "templates"
-PROBE = "sft-lab-probe"  # words that no template writes by itself
+_TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")  # by rendering itself
 
 # What each template writes as one token. The others' markers are plain text, and end-of-sequence ends their turns.
 _CHATML = ("<|im_start|>", "<|im_end|>")
@@ -45,10 +55,18 @@ _PAD_CANDIDATES = (
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """The token that ends an assistant turn: what the model learns to stop with."""
+    """The token that ends an assistant turn: what the model learns to stop with.
+
+    before: special tokens that the template writes right before it, without which it does not come.
+    """
 
     token: str
     id: int
+    before: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.before + self.token
 
 
 @dataclass(frozen=True)
@@ -57,79 +75,140 @@ class Template:
 
     name: as shown to the user, `auto` resolved.
     text: the jinja that renders them, to be tokenised without adding special tokens.
+    turn_end: what ends an answer.  call_end: what ends a turn that calls tools, where that is another token.
     added_tokens: those that the tokenizer did not have. They have no embedding yet, and it must be trained.
+    asking: the jinja that the model is asked with; as `text` if empty.
+    tool_text, tool_asking: the same two for conversations with tools, where the model has others for them.
+    variables: what `chat_template.kwargs` gives the template, as JSON.
+    date: the day that the texts write, as YYYY-MM-DD, fixed when the run began; empty where they write none.
     """
 
     name: str
     text: str
     turn_end: TurnEnd
     added_tokens: tuple[str, ...] = ()
+    asking: str = ""
+    tool_text: str = ""
+    tool_asking: str = ""
+    call_end: TurnEnd | None = None
+    variables: str = "{}"
+    date: str = ""
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens at which an answer is over."""
+        return [end.id for end in (self.turn_end, self.call_end) if end is not None]
+
+    def for_tools(self) -> Template:
+        """What renders a conversation with tools."""
+        if not self.tool_text:
+            return self
+        return dataclasses.replace(self, text=self.tool_text, asking=self.tool_asking, tool_text="", tool_asking="")
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Template:
+        """From what `dataclasses.asdict` made of one and JSON kept."""
+        call_end = kept.get("call_end")
+        return cls(
+            **{
+                **kept,
+                "turn_end": TurnEnd(**kept["turn_end"]),
+                "call_end": TurnEnd(**call_end) if call_end else None,
+                "added_tokens": tuple(kept["added_tokens"]),
+            }
+        )
 
 
-def apply(tokenizer: Any, name: str, path: str = "") -> Template:
+def apply(
+    tokenizer: Any, name: str, path: str = "", variables: Mapping[str, Any] | None = None, day: str = ""
+) -> Template:
     """Give `tokenizer` the chat template `name` and a pad token that ends nothing, and say what renders the rows.
 
     name: auto (the model's own, else zephyr), chatml, zephyr, llama3, mistral, gemma, qwen, alpaca or file.
-    path: the jinja file of `file`.
+    path: the jinja file of `file`.  variables: what else the template is given, such as enable_thinking.
+    day: the date that it writes, as YYYY-MM-DD; today's if empty.
 
     Raises:
-        PreflightError: the template cannot be read or rendered, or ends no turn, or the tokenizer has no end token.
+        PreflightError: the template cannot be read or rendered, or ends no turn, or reads none of a variable that it is
+            given, or the tokenizer has no end token.
     """
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise PreflightError(f"model.path: {kind} gives no character offsets, a fast tokenizer is needed")
     added: tuple[str, ...] = ()
+    tool_asking = ""
     if name == "auto" and tokenizer.chat_template:
         shown, text = _own(tokenizer)
+        tool_asking = _tool_use(tokenizer)
     elif name == "file":
         shown, text = f"file ({Path(path).name})", _read(path)
         tokenizer.chat_template = text
     else:
         shown = "zephyr (the model has none of its own)" if name == "auto" else name
         text, added = _give(tokenizer, "zephyr" if name == "auto" else name)
-    answer = _answer(tokenizer, shown, text)
-    turn_end, ends = _turn_end(tokenizer, shown, answer)
-    _set_pad(tokenizer, ends, answer)
-    return Template(shown, text, turn_end, added)
-
-
-def render(
-    text: str,
-    variables: dict[str, str],
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None = None,
-    prompt: bool = False,
-    marks: bool = False,
-) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation in the template `text`, and with `marks` the ranges of characters that it marks as generated.
-
-    As `apply_chat_template` does it, without choosing a template and tokenising on the way.
-    variables: the tokenizer's `special_tokens_map`.  prompt: end with what makes the assistant speak.
-
-    Raises:
-        TemplateError, TypeError: the template refuses the conversation.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    rendered, ranges = render_jinja_template(
-        [messages],
-        tools=tools or None,  # to some templates an empty list is a list of tools
-        chat_template=text,
-        add_generation_prompt=prompt,
-        return_assistant_tokens_mask=marks,
-        **variables,
+    variables = dict(variables or {})
+    texts = {"text": text, "asking": tokenizer.get_chat_template()}
+    if tool_asking:
+        texts |= {"tool_text": _in_training_version(tool_asking) or tool_asking, "tool_asking": tool_asking}
+    _check_variables(shown, variables, texts)
+    fixed = _date_of(texts, day)
+    given = {**tokenizer.special_tokens_map, **variables}
+    probes = _Probes(shown, rendering.with_date(texts["text"], fixed), given)
+    turn_end, ends = _turn_end(tokenizer, shown, probes)
+    with_tools = rendering.with_date(texts.get("tool_text", texts["text"]), fixed)
+    call_end = _call_end(tokenizer, _Probes(shown, with_tools, given))
+    _set_pad(tokenizer, ends | ({call_end.id} if call_end else set()), probes.answer)
+    return Template(
+        shown,
+        turn_end=turn_end,
+        added_tokens=added,
+        call_end=None if call_end == turn_end else call_end,
+        variables=json.dumps(variables, sort_keys=True),
+        date=fixed,
+        **texts,
     )
-    return rendered[0], ranges[0] if marks else []
-
-
-def is_marked(text: str) -> bool:
-    """Whether the template says what the assistant generates."""
-    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) is not None
 
 
 def puts_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer itself begins a text with its beginning-of-sequence token."""
     return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def marker_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """What finds each token in a text that is one whatever stands around it: special ones, and others that were added."""
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
+    return re.compile("|".join(map(re.escape, sorted(tokens - {None, ""}, key=len, reverse=True))) or r"(?!)")
+
+
+def known_ends(tokenizer: Any) -> set[str]:
+    """Tokens of the vocabulary that end a turn in one family of models or another, and the tokenizer's own."""
+    vocabulary = tokenizer.get_vocab()
+    return {token for token in (*_ENDS, tokenizer.eos_token) if token in vocabulary}
+
+
+def _check_variables(shown: str, variables: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    try:
+        known = set().union(*(rendering.reads(text) for text in texts.values()))
+    except TemplateSyntaxError as error:
+        raise _no_jinja(shown, error) from None
+    for name in variables:
+        if name in _TAKEN or name.endswith("_token"):
+            raise PreflightError(f"chat_template.kwargs.{name} : is given to every template by sft_lab itself")
+        if name not in known:
+            allowed = sorted(known - {*_TAKEN, "raise_exception", "strftime_now", "namespace", "dict"})
+            own = [one for one in allowed if not one.endswith("_token")]
+            hint = f"allowed: {', '.join(own) or 'none, it reads no variable'}{nearest(name, own)}"
+            raise PreflightError(f"chat_template.kwargs.{name} : the chat template {shown} does not read it ({hint})")
+
+
+def _date_of(texts: Mapping[str, str], day: str) -> str:
+    """The date that the templates write; empty where none writes one."""
+    if not any(map(rendering.writes_date, texts.values())):
+        return ""
+    try:
+        return (date.fromisoformat(day) if day else date.today()).isoformat()
+    except ValueError:
+        raise PreflightError(f"chat_template.date={day} : is no date (allowed: YYYY-MM-DD)") from None
 
 
 # ---------------------------------------------------------------------------------------------- where a text is from
@@ -141,12 +220,26 @@ def _own(tokenizer: Any) -> tuple[str, str]:
     except ValueError:  # several by name
         names = ", ".join(sorted(tokenizer.chat_template))
         raise PreflightError(f"chat_template=auto : the model has several templates and no default ({names})") from None
-    for plain in _trl_files():
-        if plain.read_text(encoding="utf-8") == own:
-            return "auto (the model's own, in TRL's version for training)", _marked(plain).read_text(encoding="utf-8")
+    if marked := _in_training_version(own):
+        return "auto (the model's own, in TRL's version for training)", marked
     return "auto (the model's own)", own
 
 
+def _tool_use(tokenizer: Any) -> str:
+    """The template that the model has for conversations with tools; empty where it has none beside its own."""
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    return str(named.get("tool_use", ""))
+
+
+def _in_training_version(own: str) -> str:
+    """TRL's version of a model's template with marks; empty where TRL has none of it."""
+    for plain in _trl_files():
+        if plain.read_text(encoding="utf-8") == own:
+            return _marked(plain).read_text(encoding="utf-8")
+    return ""
+
+
+@lru_cache(maxsize=1)
 def _trl_files() -> list[Path]:
     """TRL's copies of templates as models ship them, as far as it also has a version with marks for training."""
     files = sorted(Path(str(files_of("trl"))).glob("chat_templates/*.jinja"))
@@ -203,35 +296,102 @@ def _with_bos(tokenizer: Any, text: str) -> str:
 # ----------------------------------------------------------------------------------------------- what ends and pads
 
 
-def _answer(tokenizer: Any, shown: str, text: str) -> str:
-    """A question and an answer, the probe's words, as the template writes them."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    try:
-        rendered, _ = render(text, tokenizer.special_tokens_map, messages)
-    except TemplateSyntaxError as error:
-        raise PreflightError(f"chat_template={shown} : line {error.lineno} is no jinja ({error.message})") from None
-    except (TemplateError, TypeError) as error:
-        raise PreflightError(f"chat_template={shown} : it fails on a question and an answer ({error})") from None
-    if PROBE not in rendered:
-        raise PreflightError(f"chat_template={shown} : it leaves out what the assistant says")
-    return rendered
+def _no_jinja(shown: str, error: TemplateSyntaxError) -> PreflightError:
+    return PreflightError(f"chat_template={shown} : line {error.lineno} is no jinja ({error.message})")
 
 
-def _turn_end(tokenizer: Any, shown: str, answer: str) -> tuple[TurnEnd, set[int]]:
-    """The first special token that the template writes after an assistant's words, and all that may end something."""
-    after = answer.rpartition(PROBE)[2]
-    specials = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
-    if tokenizer.eos_token_id is not None:
-        specials.setdefault(tokenizer.eos_token_id, tokenizer.eos_token)
-    found = [id_ for id_ in tokenizer(after, add_special_tokens=False)["input_ids"] if id_ in specials]
-    if not found:
+class _Probes:
+    """What a template writes of short conversations, each up to where the probe's words end."""
+
+    def __init__(self, shown: str, text: str, variables: Mapping[str, Any]):
+        self._text, self._variables = text, variables
+        try:
+            self.form = rendering.form_of(text, variables)
+            self.answer = render(text, variables, self.form.encoded([ASK, ANSWER]))[0]
+        except TemplateSyntaxError as error:
+            raise _no_jinja(shown, error) from None
+        except TemplateError as error:
+            told = f"it fails on a question and an answer ({error})"
+            raise PreflightError(f"chat_template={shown} : {told}") from None
+        if PROBE not in self.answer:
+            raise PreflightError(f"chat_template={shown} : it leaves out what the assistant says")
+
+    def after(self, *messages: Message, tools: list[dict[str, Any]] | None = None, until: str = "") -> str:
+        """What stands behind the probe's words, up to the words `until`; empty where the template refuses it."""
+        try:
+            written, _ = render(self._text, self._variables, self.form.encoded(list(messages)), tools)
+        except TemplateError:
+            return ""
+        head, found, _ = written.partition(until) if until else (written, "", "")
+        if until and not found:
+            return ""
+        return head.rpartition(PROBE)[2] if PROBE in head else ""
+
+
+_NEXT = "sft-lab-next"
+
+
+def _turn_end(tokenizer: Any, shown: str, probes: _Probes) -> tuple[TurnEnd, set[int]]:
+    """What ends an answer, and all tokens that may end something."""
+    after = probes.answer.rpartition(PROBE)[2]
+    between = probes.after(ASK, ANSWER, {"role": "user", "content": _NEXT}, until=_NEXT)
+    end = _end(tokenizer, after, between, calls=False)
+    if end is None:
         raise PreflightError(
             f"chat_template={shown} : no special token ends an assistant turn, the model could not learn to stop "
-            f"(after the assistant's words it writes {after!r})"
+            f"(after the assistant's words it writes {after!r}; allowed: a template that writes eos_token there)"
         )
+    markers = marker_pattern(tokenizer).findall(after)
     vocabulary = tokenizer.get_vocab()
-    ends = {*found, tokenizer.eos_token_id, *(vocabulary[token] for token in _ENDS if token in vocabulary)}
-    return TurnEnd(specials[found[0]], found[0]), ends
+    ends = {vocabulary[token] for token in {*markers, *known_ends(tokenizer)} if token in vocabulary}
+    return end, ends | ({tokenizer.eos_token_id} - {None})
+
+
+def _call_end(tokenizer: Any, probes: _Probes) -> TurnEnd | None:
+    """What ends a turn that calls tools; None where the template writes no calls."""
+    after = probes.after(ASK, call(PROBE, x=PROBE), tools=[TOOL])
+    between = probes.after(ASK, call(PROBE, x=PROBE), result(_NEXT), tools=[TOOL], until=_NEXT)
+    return _end(tokenizer, after, between, calls=True)
+
+
+Marker = tuple[str, int, int]  # a token in a text, where it begins, and where it stops
+
+
+def _end(tokenizer: Any, last: str, between: str, calls: bool) -> TurnEnd | None:
+    """The token that ends a turn, of what stands behind its words where nothing follows and where a message does.
+
+    Both have it, and what closes the answer before it; only the first may have what ends a text, only the second the
+    header of the next message. Tokens that stand together end it together, up to the tokenizer's own end.
+    """
+    pattern = marker_pattern(tokenizer)
+    ending, inside = ([(m[0], m.start(), m.end()) for m in pattern.finditer(text)] for text in (last, between))
+    same = 0
+    while same < min(len(ending), len(inside)) and last[: ending[same][2]] == between[: inside[same][2]]:
+        same += 1
+    runs = _runs(ending[:same] or ending)  # none: turns end in different tokens, or the template takes a single one
+    if not runs:
+        return None
+    if calls:  # before it are tokens that belong to the calls
+        run = runs[-1]
+    else:
+        known = known_ends(tokenizer)
+        run = next((run for run in runs if known & set(run)), runs[0])
+    if tokenizer.eos_token in run:
+        run = run[: run.index(tokenizer.eos_token) + 1]
+    return TurnEnd(run[-1], tokenizer.convert_tokens_to_ids(run[-1]), "".join(run[:-1]))
+
+
+def _runs(markers: list[Marker]) -> list[list[str]]:
+    """Tokens that stand together."""
+    runs: list[list[str]] = []
+    stopped = -1
+    for token, start, stop in markers:
+        if start == stopped:
+            runs[-1].append(token)
+        else:
+            runs.append([token])
+        stopped = stop
+    return runs
 
 
 def _set_pad(tokenizer: Any, ends: set[int], answer: str) -> None:

@@ -11,10 +11,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-
-from sft_lab.data.formats import Conversation, Example, RowError, Text, Tokens
-from sft_lab.data.spans import Renderer, Span, loses_thought, renderer
+from sft_lab.data.formats import Conversation, Example, Message, RowError, Text, Tokens
+from sft_lab.data.rendering import Span
+from sft_lab.data.spans import Renderer, Row, renderer, thoughts_of
 from sft_lab.data.template import Template, puts_bos
 
 IGNORE = -100  # a label without loss, as in torch.nn.CrossEntropyLoss
@@ -24,10 +23,13 @@ IGNORE = -100  # a label without loss, as in torch.nn.CrossEntropyLoss
 class Encoded:
     """Tokens and labels, two lists of the same length; labels are -100 where there is no loss, as on the first token.
 
-    notes: those of the example, and text, double_bos, no_bos, extra_eos, special_tokens_in_text, thought_left_out,
-    untrained_turn_end and prompt_tokens_differ where they hold. The last: a prompt alone, as the model is asked with
-    it, is cut into other tokens than where words follow. A header that ends in a space does so, or in two line breaks
-    with a vocabulary such as GPT-2's, and words that begin with a line break do.
+    notes: those of the example, and text, double_bos, no_bos, extra_eos, special_tokens_in_text, thought (one is
+    learned), thought_left_out, thought_in_words, context_differs, other_turn_end, unknown_token, untrained_turn_end and
+    prompt_tokens_differ where they hold. context_differs: what stands before a learned turn is not the prompt that the
+    model is asked with. other_turn_end: a learned turn ends with a token at which an answer does not stop, because
+    another message follows. prompt_tokens_differ: a prompt alone is cut into other tokens than where words follow. A header
+    that ends in a space does so, or in two line breaks with a vocabulary such as GPT-2's, and words that begin with a
+    line break do.
     turns: of a conversation, the role of each message and whether it is learned.
     """
 
@@ -62,34 +64,61 @@ def encode(tokenizer: Any, example: Example, template: Template, loss: str) -> E
         encoded.notes.append("double_bos")
     if facts.puts_bos and encoded.input_ids[0] != facts.bos:
         encoded.notes.append("no_bos")
+    if facts.unknown in encoded.labels:
+        encoded.notes.append("unknown_token")
     return encoded
 
 
 def prompt_and_reference(tokenizer: Any, conversation: Conversation, template: Template) -> tuple[list[int], str]:
-    """Tokens of everything before the last assistant turn, ready for generation, and that turn's text.
+    """Tokens of everything before the last assistant turn, ready for generation, and what is to be answered.
 
-    The prompt is rendered with the tokenizer's own template, as it is when the model is used.
+    The prompt is rendered with the template that the model is asked with. The answer is all that the model has to
+    write: what stands between the prompt and the end of the turn, be it written by the template, decoded as an answer
+    is.
 
     Raises:
         RowError: nothing comes before that turn, or the template refuses it.
     """
-    messages, tools = conversation.messages, conversation.tools
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
     if last == 0:
         raise RowError("nothing comes before the answer, so there is nothing to ask")
-    try:
-        prompt = tokenizer.apply_chat_template(
-            messages[:last], tools=tools or None, tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, TypeError) as error:
-        raise RowError(f"the chat template refuses this conversation ({error})") from None
-    reference = messages[last]["content"]
-    if "tool_calls" in messages[last]:  # as the model is to write them
-        rows = renderer(tokenizer, template)
-        text, marked = rows.render(messages[: last + 1], tools)
-        ((start, stop),) = rows.spans(messages[: last + 1], tools, [last], text, marked)
-        reference = text[start : stop - len(template.turn_end.token)]
-    return _tokenized(tokenizer, prompt, add_special_tokens=False)["input_ids"], reference
+    rows = _renderer(tokenizer, template, conversation)
+    row = Row(rows, conversation.messages[: last + 1], conversation.tools or None)
+    prompt = rows.prompt(row.messages[:last], row.tools)
+    ((start, stop),), _ = row.spans([last])
+    end = next(marker for marker in reversed([*rows.markers.finditer(row.text, start, stop)]) if marker.end() == stop)
+    ids, answer = (
+        _tokenized(tokenizer, text, add_special_tokens=False)["input_ids"]
+        for text in (prompt, row.text[start : end.start()])
+    )
+    return ids, tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def _renderer(tokenizer: Any, template: Template, conversation: Conversation) -> Renderer:
+    variables = json.dumps(conversation.template_kwargs, sort_keys=True) if conversation.template_kwargs else "{}"
+    return renderer(tokenizer, template, bool(conversation.tools), variables)
+
+
+def by_turn(tokenizer: Any, conversation: Conversation, template: Template, loss: str) -> list[Encoded]:
+    """A row for each turn that `loss` learns: the prompt that the model is asked with, and that turn as it then ends.
+
+    Raises:
+        RowError: as `encode` does.
+    """
+    asked = replace(template, text=template.asking or template.text, tool_text=template.tool_asking)
+    return [encode(tokenizer, _up_to(conversation, i), asked, loss) for i in _learned(conversation, loss)]
+
+
+def _up_to(conversation: Conversation, last: int) -> Conversation:
+    earlier: list[Message] = [
+        {**message, "weight": 0} if message["role"] == "assistant" else message
+        for message in conversation.messages[:last]
+    ]
+    return replace(
+        conversation,
+        messages=[*earlier, conversation.messages[last]],
+        completion_from=min(conversation.completion_from, last),
+    )
 
 
 def split(
@@ -143,7 +172,8 @@ def _learned(conversation: Conversation, loss: str) -> list[int]:
 class _Facts:
     """What of a tokenizer and a template is the same in every row.
 
-    eos: what a plain text ends with.  ends: tokens that end a turn or a text.  vocabulary: how many tokens there are.
+    eos: what a plain text ends with.  ends: tokens that end a turn or a text.  markers: all that stand for one text.
+    vocabulary: how many tokens there are.  unknown: the one for what the vocabulary lacks.
     prompt_differs: in a probe, see `Encoded`.
     """
 
@@ -151,7 +181,9 @@ class _Facts:
     puts_bos: bool
     eos: int
     ends: frozenset[int]
+    markers: frozenset[int]
     vocabulary: int
+    unknown: int | None
     specials: re.Pattern[str]
     prompt_differs: bool
 
@@ -160,59 +192,86 @@ class _Facts:
 def _facts(tokenizer: Any, template: Template) -> _Facts:
     end = template.turn_end
     eos = end.id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    ends = frozenset({*template.ends, eos})
     asked, answered, _ = renderer(tokenizer, template).probe
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, answered)]
     specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {end.token}
+    unknown = tokenizer.unk_token_id  # in some vocabularies it is one of the others, too
     return _Facts(
         bos=tokenizer.bos_token_id,
         puts_bos=puts_bos(tokenizer),
         eos=eos,
-        ends=frozenset({end.id, eos}),
+        ends=ends,
+        markers=ends | frozenset(tokenizer.added_tokens_decoder),
         vocabulary=len(tokenizer),
+        unknown=None if unknown in {*ends, tokenizer.bos_token_id, tokenizer.pad_token_id} else unknown,
         specials=re.compile("|".join(map(re.escape, sorted(specials)))),
         prompt_differs=answered.startswith(asked) and ids[1][: len(ids[0])] != ids[0],
     )
 
 
 def _conversation(tokenizer: Any, conversation: Conversation, template: Template, loss: str, facts: _Facts) -> Encoded:
-    messages, learned = conversation.messages, _learned(conversation, loss)
+    learned = _learned(conversation, loss)
     if not learned:
         raise RowError(f"no assistant turn to learn with loss={loss}")
-    rows = renderer(tokenizer, template)
-    text, marked = rows.render(messages, conversation.tools)
-    _check_tools(rows, conversation, text)
-    tokens = _tokenized(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
+    rows = _renderer(tokenizer, template, conversation)
+    row = Row(rows, conversation.messages, conversation.tools or None)
+    _check_tools(rows, conversation, row.text)
+    row.require_words()
+    tokens = _tokenized(tokenizer, row.text, add_special_tokens=False, return_offsets_mapping=True)
     ids = tokens["input_ids"]
-    spans = [] if loss == "all" else rows.spans(messages, conversation.tools, learned, text, marked)
-    labels, shared = _labels(ids, tokens["offset_mapping"], spans, template)
-    said = [m["content"] for m in messages] + [json.dumps(m["tool_calls"]) for m in messages if "tool_calls" in m]
+    spans, differs = ([], False) if loss == "all" else row.spans(learned)
+    labels, shared = _labels(ids, tokens["offset_mapping"], spans, facts.markers)
+    stops = [ids[bisect_left(tokens["offset_mapping"], (stop, stop)) - 1] for _, stop in spans]
     notes = {
-        "special_tokens_in_text": any(map(facts.specials.search, said)),
-        "extra_eos": template.turn_end.token * 2 in text,
-        "thought_left_out": any(loses_thought(text, s, messages[i]) for i, s in zip(learned, spans, strict=False)),
+        "special_tokens_in_text": any(map(facts.specials.search, _said(row.messages))),
+        "extra_eos": template.turn_end.token * 2 in row.text,
+        "context_differs": differs,
+        "other_turn_end": not facts.ends.issuperset(stops),
         "prompt_tokens_differ": facts.prompt_differs or shared,
+        **_thoughts(row, learned, spans),
     }
     return Encoded(
         input_ids=ids,
         labels=[*ids] if loss == "all" else labels,
         notes=[*conversation.notes, *(name for name, holds in notes.items() if holds)],
-        turns=[(m["role"], loss == "all" or i in learned) for i, m in enumerate(messages)],
+        turns=[(m["role"], loss == "all" or i in learned) for i, m in enumerate(row.messages)],
     )
 
 
-def _labels(ids: list[int], offsets: list[Span], spans: list[Span], template: Template) -> tuple[list[int], bool]:
+def _said(messages: list[Message]) -> list[str]:
+    """Every text of the messages that stands in the row."""
+    said = [message["content"] for message in messages]
+    said += [message["reasoning_content"] for message in messages if "reasoning_content" in message]
+    return said + [json.dumps(message["tool_calls"]) for message in messages if "tool_calls" in message]
+
+
+def _thoughts(row: Row, learned: list[int], spans: list[Span]) -> dict[str, bool]:
+    """What becomes of the thoughts of learned turns; with loss=all a turn's span is the whole text."""
+    spans = spans or [(0, len(row.text))] * len(learned)
+    turns = [(i, span) for i, span in zip(learned, spans, strict=True) if thoughts_of(row.messages[i])]
+    lost = [row.loses_thought(i, span) for i, span in turns]
+    return {
+        "thought": not all(lost),
+        "thought_left_out": any(lost),
+        "thought_in_words": row.rows.form.moves_thoughts
+        and any("<think>" in row.messages[i]["content"] for i in learned),
+    }
+
+
+def _labels(ids: list[int], offsets: list[Span], spans: list[Span], ends: frozenset[int]) -> tuple[list[int], bool]:
     """The ids of the tokens that lie within the spans, and whether a token reaches from a header into the words.
 
     Raises:
-        RowError: the last token of a span is not the end of a turn.
+        RowError: the last token of a span is none of `ends`.
     """
     labels, shared = [IGNORE] * len(ids), False
     for start, stop in spans:
         # A token that begins in the header is none that the model writes. One of white space may have an empty range,
         # behind it, where a tokenizer trims offsets. Some end tokens take in the white space that follows.
         first, after = bisect_left(offsets, (start, start + 1)), bisect_left(offsets, (stop, stop))
-        if first == after or ids[after - 1] != template.turn_end.id:
-            raise RowError(f"the end of an assistant turn ({template.turn_end.token}) would not be trained")
+        if first == after or ids[after - 1] not in ends:
+            raise RowError("the token that ends an assistant turn would not be trained")
         labels[first:after] = ids[first:after]
         shared |= first > 0 and offsets[first - 1][1] > start
     return labels, shared
@@ -226,7 +285,10 @@ def _check_tools(rows: Renderer, conversation: Conversation, text: str) -> None:
     }
     for what, there in names.items():
         if there and (what in rows.unwritten or not all(name in text for name in there)):
-            raise RowError(f"the chat template writes no tool {what} (chat_template=qwen does)")
+            raise RowError(
+                f"the chat template writes no tool {what} (chat_template=qwen does; a model's own template named tool_use "
+                "is used where it has one)"
+            )
 
 
 def _plain(tokenizer: Any, example: Text, loss: str, facts: _Facts) -> Encoded:

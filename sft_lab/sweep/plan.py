@@ -113,6 +113,7 @@ def _problems(trial: Trial, sweep: SweepDirectory, prepared: Preparations, elsew
         if recorded not in (None, data.facts["data_fingerprint"]):
             return [f"{run.path} holds a run on data that has changed since (allowed: another sweep.name)"]
         if not trial.outcome.done:
+            trial.config.chat_template.date = data.template.date  # of all trials the same, whenever they train
             trial.data, trial.report = data, preflight.examine(trial.config, data, run, elsewhere)
             return trial.report.errors
     except (ConfigError, PreflightError) as error:

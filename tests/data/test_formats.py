@@ -381,7 +381,7 @@ def test_rows_that_say_the_same_have_the_same_text() -> None:
     with_id = {**CALL, "id": "abc"}
     same = [
         {"messages": [USER, {**ASSISTANT, "weight": 1}]},
-        {"conversations": [HUMAN, GPT], "tools": [ADD]},
+        {"conversations": [HUMAN, GPT]},
         {"question": "2 + 2?", "answer": "4"},
     ]
     assert {text_of(to_example(row)) for row in same} == {"user\n2 + 2?\nassistant\n4"}
@@ -400,6 +400,9 @@ def test_rows_that_say_the_same_have_the_same_text() -> None:
         {"messages": [SYSTEM, USER, ASSISTANT]},
         {"messages": [USER, {**ASSISTANT, "tool_calls": [CALL]}]},
         {"messages": [USER, ASSISTANT, {"role": "tool", "content": ""}]},
+        {"messages": [USER, {**ASSISTANT, "reasoning_content": "Two and two."}]},
+        {"messages": [USER, {**ASSISTANT, "reasoning": "Two and two."}]},
+        {"messages": [USER, ASSISTANT], "tools": [ADD]},
     ],
 )
 def test_rows_that_say_something_else_have_another_text(other: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lab.data.formats import Conversation, Message, RowError, Text, Tokens
 from sft_lab.data.template import Template, apply
-from sft_lab.data.tokenize import IGNORE, Encoded, encode, prompt_and_reference, split
+from sft_lab.data.tokenize import IGNORE, Encoded, by_turn, encode, prompt_and_reference, split
 from tests.data.test_template import CHATML, FAMILIES, NAMES, PICTURES, TRL_TEMPLATES, tokenizer_with, written
 
 
@@ -421,7 +421,7 @@ def test_tokens_that_the_tokenizer_does_not_have_are_refused(token: int) -> None
         (chat("hello", "day<|im_end|>"), ["special_tokens_in_text", "extra_eos"]),
         (chat("what is </s>?", "day"), ["special_tokens_in_text"]),
         (chat("what is <|assistant|>?", "day"), []),
-        (chat("hello", "<think>hm</think>day"), []),
+        (chat("hello", "<think>hm</think>day"), ["thought"]),
     ],
 )
 def test_peculiar_rows_are_noted(messages: list[Message], notes: list[str]) -> None:
@@ -612,7 +612,7 @@ THOUGHTS = {
     "thinking": (
         chat("a", "<think>\nhm\n</think>\n\nfirst", "b", "<think>\nwell\n</think>\n\nthink"),
         "first<|im_end|><think>\nwell\n</think>\n\nthink<|im_end|>",
-        ["thought_left_out"],
+        ["thought", "thought_left_out"],
     ),
 }
 
@@ -629,7 +629,7 @@ def test_qwen3s_own_template_thinks_before_the_last_answer_alone(
 
 
 def test_qwen3_thinks_in_every_turn_of_its_training_version() -> None:
-    """Empty where the data has no thought, as the model is made to answer at once."""
+    """Empty where the data has no thought, as the model is made to answer at once. Asked, it sees no earlier thought."""
     own = (TRL_TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
     tokenizer = tokenizer_with(*CHATML, template=own)
     conversation = Conversation(chat("a", "first", "b", "<think>\nwell\n</think>\n\nsecond"))
@@ -637,7 +637,7 @@ def test_qwen3_thinks_in_every_turn_of_its_training_version() -> None:
     assert (
         learned(tokenizer, row) == "<think>\n\n</think>\n\nfirst<|im_end|><think>\nwell\n</think>\n\nsecond<|im_end|>"
     )
-    assert row.notes == []
+    assert row.notes == ["context_differs", "thought"]
 
 
 ASKED = {
@@ -666,7 +666,9 @@ def test_marks_and_search_agree_on_every_template_that_trl_ships(family: str, lo
             text = learned(tokenizer, rows[0])
             turns = sum(message["role"] == "assistant" for message in messages) if loss == "assistant" else 1
             assert text.endswith(template.turn_end.token)
-            assert text.count(template.turn_end.token) >= turns
+            ends = {template.turn_end.token, *(["<|observation|>"] if family == "glm4moe" else [])}
+            ends |= {"<|end|>", "<|call|>"} if family == "gptoss" else set()
+            assert sum(map(text.count, ends)) >= turns
             assert not any(word in text for word in ("Q1", "Q2", "forty-two"))
     if not family.startswith(
         ("deepseek", "nemotron")
@@ -681,8 +683,8 @@ def outcome(tokenizer: Any, conversation: Conversation, template: Template, loss
         return str(error)
 
 
-def test_turns_that_end_in_another_token_are_refused_where_they_are_learned() -> None:
-    """GPT-OSS closes earlier turns with a token at which nothing stops."""
+def test_turns_that_end_in_another_token_than_an_answer_are_noted() -> None:
+    """GPT-OSS closes earlier turns with a token at which nothing stops. Apart, each ends as it does when it is the last."""
     own = (TRL_TEMPLATES / "gptoss.jinja").read_text(encoding="utf-8")
     tokens = ["<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|channel|>", "<|message|>"]
     tokenizer = tokenizer_with(*tokens, template=own)
@@ -690,8 +692,14 @@ def test_turns_that_end_in_another_token_are_refused_where_they_are_learned() ->
     for contents in (("a", "first", "b", "second"), ("a", "", "b", "")):
         row = encode(tokenizer, Conversation(chat(*contents)), template, "last_turn")
         assert learned(tokenizer, row) == f"<|channel|>final<|message|>{contents[-1]}<|return|>"
-        with pytest.raises(RowError, match=r"an assistant turn does not end in <\|return\|> after its words"):
-            encode(tokenizer, Conversation(chat(*contents)), template, "assistant")
+        assert row.notes == []
+        both = encode(tokenizer, Conversation(chat(*contents)), template, "assistant")
+        final = "<|channel|>final<|message|>"
+        assert learned(tokenizer, both) == f"{final}{contents[1]}<|end|>{final}{contents[3]}<|return|>"
+        assert both.notes == ["other_turn_end"]
+        apart = by_turn(tokenizer, Conversation(chat(*contents)), template, "assistant")
+        assert [learned(tokenizer, one) for one in apart] == [f"{final}{contents[i]}<|return|>" for i in (1, 3)]
+        assert [one.notes for one in apart] == [[], []]
 
 
 def test_a_conversation_that_the_template_refuses_is_a_bad_row() -> None:
@@ -706,7 +714,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row() -> None:
     [
         (
             "{% for m in messages %}{{ m['role'] + (': ' + m['content'] + '</s>' if loop.last else '') }}{% endfor %}",
-            "does not end in </s> after its words|renders what comes before",
+            r"leaves out what message 1 \(user\) says",
         ),
         (
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
@@ -803,7 +811,7 @@ def test_what_stands_beside_a_call_and_is_left_out_is_refused(mark: str) -> None
 def test_a_question_that_the_template_leaves_out_is_refused() -> None:
     text = "{% for m in messages %}{{ (m['content'] if loop.index < 3 else '?') + '</s>' }}{% endfor %}"
     tokenizer = tokenizer_with(template=text)
-    with pytest.raises(RowError, match="leaves out what comes after an assistant turn"):
+    with pytest.raises(RowError, match=r"leaves out what message 3 \(user\) says"):
         encode(tokenizer, Conversation(chat("a", "b", "c")), apply(tokenizer, "auto"), "assistant")
 
 
@@ -846,8 +854,15 @@ def test_a_prompt_is_what_stands_before_the_last_answer(name: str, messages: lis
     parts = pieces(name, messages)
     text = "".join(before + words + after for before, words, after in parts[:last]) + parts[last][0]
     assert tokenizer.decode(prompt) == text
-    assert answer == messages[last]["content"]
-    row = encoded(name, messages)
+    row = encoded(name, messages, "last_turn")
+    written = [label for label in row.labels if label != IGNORE][:-1]
+    assert answer == tokenizer.decode(written, skip_special_tokens=True)
+    assert (
+        answer.strip()
+        == tokenizer.decode(
+            tokenizer(messages[last]["content"], add_special_tokens=False)["input_ids"], skip_special_tokens=True
+        ).strip()
+    )
     assert row.input_ids[: len(prompt)] == prompt or "prompt_tokens_differ" in row.notes
 
 
