@@ -12,16 +12,30 @@ from sft_lab import ranks
 from sft_lab.errors import ConfigError
 from sft_lab.schema import EvaluationConfig
 
+_THOUGHT_ENDS = ("</think>", "[/THINK]", "<|END_THINKING|>", "<channel|>", "<|channel|>final<|message|>")
+
+
+def final_words(answer: str) -> str:
+    """An answer without the thought before it, and without white space at its ends.
+
+    A thought may be opened by the prompt, and an empty one written by the chat template; one that is never closed has
+    no words behind it.
+    """
+    for end in _THOUGHT_ENDS:
+        if end in answer:
+            return answer.rpartition(end)[2].strip()
+    return "" if answer.lstrip().startswith("<think>") else answer.strip()
+
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where the answer is the reference, white space at its ends aside."""
-    return float(answer.strip() == reference.strip())
+    """1 where the final words of the answer are those of the reference."""
+    return float(final_words(answer) == final_words(reference))
 
 
 def composes(answer: str, reference: str = "") -> float:
-    """1 where the answer is an sft_lab command line whose config composes and contradicts itself nowhere."""
+    """1 where the final words are an sft_lab command line whose config composes and contradicts itself nowhere."""
     try:
-        words = shlex.split(answer)
+        words = shlex.split(final_words(answer))
     except ValueError:  # an unclosed quotation
         return 0.0
     if words[:3] != ["python", "-m", "sft_lab"]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from sft_lab.data import duplicates, formats, tokenize
 from sft_lab.data.formats import Conversation, Example, LeftOut, RowError, Text
 from sft_lab.data.sources import RawRow
+from sft_lab.data.spans import ContextError
 from sft_lab.data.template import Template
 from sft_lab.data.tokenize import IGNORE, Encoded
 from sft_lab.schema import DataConfig
@@ -134,11 +135,7 @@ class Converter:
             more |= self._prompt(example) | {"text": text}
         elif self.signatures:
             more["signature"] = duplicates.signature(formats.text_of(example, system=False))
-        parts = [
-            part
-            for encoded in self._in_context(row, example, self._encode(example), account)
-            for part in self._fitting(row, example, encoded, account)
-        ]
+        parts = self._fitting(row, example, self._in_context(row, example, account), account)
         self._look_for_leaks(row, text, account)
         number = itertools.count(0 if len(parts) == 1 else 1)
         return [{**self._columns(row, part), "part": next(number), **more} for part in parts]
@@ -149,24 +146,48 @@ class Converter:
             raise RowError(f"no token of it carries loss (data.loss={self.data.loss})")
         return encoded
 
-    def _in_context(self, row: RawRow, example: Example, encoded: Encoded, account: Account) -> list[Encoded]:
+    def _in_context(self, row: RawRow, example: Example, account: Account) -> list[Encoded]:
         """The row, or one for each of its turns where they are not what the model is asked with and ends with.
 
         Raises:
-            RowError: data.on_context_mismatch=error.
+            RowError: data.on_context_mismatch=error; or as `encode` does.
         """
-        how, mismatch = self.data.on_context_mismatch, _MISMATCH.keys() & set(encoded.notes)
-        if not mismatch or how == "warn" or not isinstance(example, Conversation):
-            return [encoded]
-        if how == "error":
-            raise RowError(
-                f"{' and '.join(sorted(_MISMATCH[name] for name in mismatch))} (data.on_context_mismatch=error)"
-            )
+        how = self.data.on_context_mismatch
+        try:
+            encoded = self._encode(example)
+        except ContextError:
+            if how != "split" or not isinstance(example, Conversation):
+                raise
+        else:
+            mismatch = _MISMATCH.keys() & set(encoded.notes)
+            if not mismatch or how == "warn" or not isinstance(example, Conversation):
+                return [encoded]
+            if how == "error":
+                told = " and ".join(_MISMATCH[name] for name in sorted(mismatch))
+                raise RowError(f"{told} (data.on_context_mismatch=error)")
         account.shortened.setdefault("split_by_turn", []).append((row.place, row.number))
         return tokenize.by_turn(self.tokenizer, example, self.template, self.data.loss)
 
-    def _fitting(self, row: RawRow, example: Example, encoded: Encoded, account: Account) -> list[Encoded]:
-        return [encoded] if len(encoded.input_ids) <= self.max_length else self._shorten(row, example, encoded, account)
+    def _fitting(self, row: RawRow, example: Example, turns: list[Encoded], account: Account) -> list[Encoded]:
+        """What is left of a row, or of its turns where they train apart, within max_length tokens.
+
+        Raises:
+            LeftOut, _TooLong: as `_shorten` does, of all of it.
+        """
+        whole = example if len(turns) == 1 else None
+        fitting: list[Encoded] = []
+        lost = 0
+        for encoded in turns:
+            try:
+                short = len(encoded.input_ids) <= self.max_length
+                fitting += [encoded] if short else self._shorten(row, whole, encoded, account)
+            except LeftOut:
+                lost += 1
+        if not fitting:
+            raise LeftOut("long")
+        if lost:
+            account.shortened.setdefault("split_in_part", []).append((row.place, row.number))
+        return fitting
 
     def _columns(self, row: RawRow, encoded: Encoded) -> dict[str, Any]:
         return {
@@ -193,8 +214,8 @@ class Converter:
         if found and self.data.on_leak == "drop":
             raise LeftOut("leak")
 
-    def _shorten(self, row: RawRow, example: Example, encoded: Encoded, account: Account) -> list[Encoded]:
-        """What is left of a row of more than max_length tokens.
+    def _shorten(self, row: RawRow, example: Example | None, encoded: Encoded, account: Account) -> list[Encoded]:
+        """What is left of a row of more than max_length tokens; without `example` it is a turn and cannot be split.
 
         Raises:
             LeftOut: nothing is, or nothing that could be learned from.

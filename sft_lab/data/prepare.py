@@ -210,8 +210,8 @@ class _Work:
 
 
 _DECIDING = (
-    "loss", "on_bad_row", "on_long_row", "on_context_mismatch", "truncation_side", "deduplicate", "on_leak", "mix", "train_rows", "eval_rows",
-    "eval_fraction", "streaming",
+    "loss", "on_bad_row", "on_long_row", "on_context_mismatch", "truncation_side", "deduplicate", "on_leak", "mix",
+    "train_rows", "eval_rows", "eval_fraction", "streaming",
 )  # fmt: skip
 
 

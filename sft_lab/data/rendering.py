@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
 from typing import Any
@@ -89,16 +89,22 @@ class Form:
     arguments_text: the arguments of a call as JSON text, where others take an object.
     null_content: null as the content of a message that only calls tools, where others take an empty text.
     moves_thoughts: it has a place of its own for `reasoning_content`, and takes `<think>` in the content for words.
+    tags_are_words: it writes thoughts in another way than with `<think>`, if only in turns that call tools.
+    tags_thoughts: it has no place for `reasoning_content`, and asks for a thought with `<think>`.
     """
 
     parts: bool = False
     arguments_text: bool = False
     null_content: bool = False
     moves_thoughts: bool = False
+    tags_are_words: bool = False
+    tags_thoughts: bool = False
 
     def placed(self, messages: list[Message]) -> list[Message]:
-        """The messages with a thought that leads the content where this template writes thoughts."""
-        return [_with_thought(message) for message in messages] if self.moves_thoughts else messages
+        """The messages with their thoughts where this template writes them: beside the content, or before it."""
+        if self.moves_thoughts:
+            return [_with_thought(message) for message in messages]
+        return [_with_tags(message) for message in messages] if self.tags_thoughts else messages
 
     def encoded(self, messages: list[Message]) -> list[Message]:
         """The messages as the template is given them."""
@@ -127,6 +133,14 @@ def _with_thought(message: Message) -> Message:
     return {**made, "reasoning_content": thought.strip("\n")} if thought.strip() else made
 
 
+def _with_tags(message: Message) -> Message:
+    thought, content = message.get("reasoning_content", ""), message["content"]
+    if not thought or "</think>" in content:
+        return message
+    made = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**made, "content": f"<think>\n{thought}\n</think>\n\n{content}"}
+
+
 def _with_text(one: dict[str, Any]) -> dict[str, Any]:
     function = one["function"]
     return {**one, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
@@ -143,11 +157,19 @@ def form_of(text: str, variables: Mapping[str, Any]) -> Form:
     form = next(
         (one for one in calls if _writes(text, variables, one, [ASK, call(PROBE, x=PROBE)], PROBE, 2)), calls[0]
     )
-    thought = [ASK, {**ANSWER, "reasoning_content": THOUGHT}]
-    tagged = [ASK, {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\n{PROBE}"}]
-    own = _tried(text, variables, form, thought)
-    moves = own is not None and THOUGHT in own and own != _tried(text, variables, form, tagged)
-    return Form(form.parts, form.arguments_text, form.null_content, moves)
+    beside = _tried(text, variables, form, [ASK, {**ANSWER, "reasoning_content": THOUGHT}]) or ""
+    before = (
+        _tried(text, variables, form, [ASK, {**ANSWER, "content": f"<think>\n{THOUGHT}\n</think>\n\n{PROBE}"}]) or ""
+    )
+    calling = _tried(text, variables, form, [ASK, {**call(x=PROBE), "reasoning_content": THOUGHT}]) or ""
+    asked = _tried(text, variables, form, [ASK], prompt=True) or ""
+    moves = THOUGHT in beside and beside != before
+    return replace(
+        form,
+        moves_thoughts=moves,
+        tags_are_words=moves or (THOUGHT in calling and "<think>" not in calling),
+        tags_thoughts=THOUGHT in before and THOUGHT not in beside and asked.rstrip().endswith("<think>"),
+    )
 
 
 def _parts(text: str, variables: Mapping[str, Any]) -> bool:
@@ -163,9 +185,11 @@ def _parts(text: str, variables: Mapping[str, Any]) -> bool:
     return False
 
 
-def _tried(text: str, variables: Mapping[str, Any], form: Form, messages: list[Message]) -> str | None:
+def _tried(
+    text: str, variables: Mapping[str, Any], form: Form, messages: list[Message], prompt: bool = False
+) -> str | None:
     try:
-        return render(text, variables, form.encoded(messages))[0]
+        return render(text, variables, form.encoded(messages), prompt=prompt)[0]
     except TemplateError:
         return None
 
@@ -214,7 +238,7 @@ def writes_date(text: str) -> bool:
 
 
 def with_date(text: str, day: str) -> str:
-    """The template with the date that it writes fixed to `day`, YYYY-MM-DD: rows are the same whenever they are made."""
+    """The template with the date that it writes fixed to `day`, as YYYY-MM-DD."""
     if not day or not writes_date(text):
         return text
     formats = {words for words in _constants(_parsed(text)) if "%" in words}

@@ -16,17 +16,26 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from sft_lab.data import rendering
-from sft_lab.data.formats import Message, RowError
+from sft_lab.data.messages import Message
 from sft_lab.data.rendering import ANSWER, ASK, PROBE, TOOL, Form, Span, call, is_marked, render, result
 from sft_lab.data.template import Template, TurnEnd, known_ends, marker_pattern
+from sft_lab.data.values import RowError
 
+_WAYS = (
+    "allowed: data.on_context_mismatch=split, which trains each turn behind its own prompt; chat_template.kwargs; "
+    "answers that begin as the prompt asks for, such as with a thought; or another chat_template"
+)
 _MANY_TURNS = 8  # in a row of more, turns that stand in the same surroundings are compared with the prompt only twice
 _SHAPES = 10_000  # kinds of conversations that a process remembers
 _SENTINEL = "sftlabqz{}zq"  # letters and digits, so that templates that write JSON or trim leave it alone
 
 
+class ContextError(RowError):
+    """A turn that is not rendered as it is when it is the last, so that it could only be trained apart."""
+
+
 class Place(NamedTuple):
-    """Where the words of a message stand; not `exact` where the template writes them in another spelling, as JSON say."""
+    """Where the words of a message stand; not `exact` where the template spells them in another way, as JSON does."""
 
     start: int
     stop: int
@@ -60,8 +69,15 @@ class Renderer:
 
     @cached_property
     def form(self) -> Form:
+        return self._form(self.text)
+
+    @cached_property
+    def _asking_form(self) -> Form:
+        return self._form(self.asking)
+
+    def _form(self, text: str) -> Form:
         try:
-            return rendering.form_of(self.text, self.variables)
+            return rendering.form_of(text, self.variables)
         except TemplateError as error:
             raise _refused(error) from None
 
@@ -87,7 +103,7 @@ class Renderer:
             RowError: the template refuses them.
         """
         try:
-            return render(self.asking, self.variables, self.form.encoded(messages), tools, prompt=True)[0]
+            return render(self.asking, self.variables, self._asking_form.encoded(messages), tools, prompt=True)[0]
         except TemplateError as error:
             raise _refused(error) from None
 
@@ -113,7 +129,7 @@ class Renderer:
 
     @cached_property
     def unwritten(self) -> set[str]:
-        """Which of calls, definitions and results of tools, and of system prompts, the template passes over in silence."""
+        """Which of calls, definitions and results of tools the template passes over in silence."""
         probes: dict[str, tuple[list[Message], Any]] = {
             "definitions": ([ASK], [TOOL]),
             "calls": ([ASK, call(PROBE)], None),
@@ -183,7 +199,7 @@ class Row:
             RowError: the template leaves out what the system, the user or a tool says.
         """
         place = 0
-        for i, message in enumerate(self.messages):
+        for message in self.messages:
             words = message["content"].strip()
             if message["role"] == "assistant" or not words:
                 continue
@@ -260,6 +276,18 @@ class Row:
                 self.rows.shapes[shape] = differs, tuple(starts[i] - self._marks[i][0] for i in turns)
         return [(starts[i], self._stop(i, starts[i])) for i in turns], differs
 
+    def apart(self, i: int) -> tuple[str, Span]:
+        """Turn i, the last, behind the prompt that the model is asked with, and its span in that text.
+
+        Raises:
+            RowError: as `spans` does.
+        """
+        ((start, stop),), _ = self.spans([i])
+        if i == 0:
+            return self.text, (start, stop)
+        prompt = self.rows.prompt(self.messages[:i], self.tools)
+        return prompt + self.text[start:], (len(prompt), len(prompt) + stop - start)
+
     def _starts(self, turns: list[int]) -> tuple[dict[int, int], bool]:
         """Where the prompt of each turn ends, and whether any prompt is another one than the row has."""
         starts, differs = {}, False
@@ -298,10 +326,9 @@ class Row:
             start = self._start_by_header(i)
         if start is not None:
             return start, True
-        raise RowError(
+        raise ContextError(
             "the chat template renders what comes before an assistant turn differently once it is there "
-            f"(the model is asked with {prompt[-40:]!r}, the row has {self.text[: len(prompt)][-40:]!r}; "
-            "chat_template.kwargs, data.loss=last_turn or data.on_context_mismatch=split may make them equal)"
+            f"(the model is asked with {prompt[-40:]!r}, the row has {self.text[: len(prompt)][-40:]!r}; {_WAYS})"
         )
 
     def _start_of_all(self) -> int:
@@ -407,12 +434,6 @@ class Row:
         changed, _ = self.rows.render([*self.messages[: i + 1], spoken, *self.messages[i + 2 :]], self.tools)
         return _shared(self.text, changed)
 
-    def loses_thought(self, i: int, span: Span) -> bool:
-        """Whether the template leaves out what the assistant thinks before turn i, as some do in earlier turns."""
-        return bool(thoughts := thoughts_of(self.messages[i])) and not all(
-            t in self.text[slice(*span)] for t in thoughts
-        )
-
 
 def joined(ranges: list[Span]) -> list[Span]:
     """The ranges that are not empty, those that touch as one: a template may mark words and their end apart."""
@@ -445,9 +466,9 @@ def _words(message: Message) -> str:
 
 
 def _endless(end: TurnEnd) -> RowError:
-    return RowError(
+    return ContextError(
         f"an assistant turn does not end in {end.token} after its words "
-        "(data.loss=last_turn or data.on_context_mismatch=split may give it one)"
+        "(allowed: data.on_context_mismatch=split or data.loss=last_turn, where the last turn does)"
     )
 
 

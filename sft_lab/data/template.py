@@ -1,7 +1,7 @@
 """Chat templates: which one a run uses, and what its tokenizer needs for it.
 
-A template comes in two texts. `Template.asking` is for asking: it stays in the tokenizer and is saved with it. The other
-renders the rows of training: `Template.text`, the same words with marks around what the assistant says where such a
+A template comes in two texts. `Template.asking` is for asking: it stays in the tokenizer and is saved with it.
+`Template.text` renders the rows of training: the same words with marks around what the assistant says where such a
 version exists. A model may have two more for conversations with tools.
 """
 
@@ -175,7 +175,7 @@ def puts_bos(tokenizer: Any) -> bool:
 
 
 def marker_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """What finds each token in a text that is one whatever stands around it: special ones, and others that were added."""
+    """What finds special tokens in a text, and others that were added to the vocabulary as a whole."""
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
     return re.compile("|".join(map(re.escape, sorted(tokens - {None, ""}, key=len, reverse=True))) or r"(?!)")
 

@@ -27,9 +27,9 @@ class Encoded:
     learned), thought_left_out, thought_in_words, context_differs, other_turn_end, unknown_token, untrained_turn_end and
     prompt_tokens_differ where they hold. context_differs: what stands before a learned turn is not the prompt that the
     model is asked with. other_turn_end: a learned turn ends with a token at which an answer does not stop, because
-    another message follows. prompt_tokens_differ: a prompt alone is cut into other tokens than where words follow. A header
-    that ends in a space does so, or in two line breaks with a vocabulary such as GPT-2's, and words that begin with a
-    line break do.
+    another message follows. prompt_tokens_differ: a prompt alone is cut into other tokens than where words follow. A
+    header that ends in a space does so, or in two line breaks with a vocabulary such as GPT-2's, and words that begin
+    with a line break do.
     turns: of a conversation, the role of each message and whether it is learned.
     """
 
@@ -39,7 +39,7 @@ class Encoded:
     turns: list[tuple[str, bool]] = field(default_factory=list)
 
 
-def encode(tokenizer: Any, example: Example, template: Template, loss: str) -> Encoded:
+def encode(tokenizer: Any, example: Example, template: Template, loss: str, apart: bool = False) -> Encoded:
     """The tokens of an example, and which of them are learned.
 
     The spans of a conversation are found in the rendered text and carried over by character offsets, so that no token
@@ -47,6 +47,7 @@ def encode(tokenizer: Any, example: Example, template: Template, loss: str) -> E
 
     loss: assistant (each of its turns of weight 1), completion (those of the completion), last_turn (the assistant's
     last message) or all (every token). Tokens keep the labels that they have.
+    apart: the last turn behind the prompt that the model is asked with, whatever the row has before it.
 
     Raises:
         RowError: the template refuses the conversation or loses part of it, where its assistant turns lie cannot be
@@ -58,7 +59,7 @@ def encode(tokenizer: Any, example: Example, template: Template, loss: str) -> E
     elif isinstance(example, Text):
         encoded = _plain(tokenizer, example, loss, facts)
     else:
-        encoded = _conversation(tokenizer, example, template, loss, facts)
+        encoded = _conversation(tokenizer, example, template, loss, facts, apart)
     encoded.labels[0] = IGNORE  # nothing comes before it that could predict it, and packing would put another row there
     if encoded.input_ids[:2] == [facts.bos] * 2:
         encoded.notes.append("double_bos")
@@ -105,8 +106,8 @@ def by_turn(tokenizer: Any, conversation: Conversation, template: Template, loss
     Raises:
         RowError: as `encode` does.
     """
-    asked = replace(template, text=template.asking or template.text, tool_text=template.tool_asking)
-    return [encode(tokenizer, _up_to(conversation, i), asked, loss) for i in _learned(conversation, loss)]
+    turns = [_up_to(conversation, i) for i in _learned(conversation, loss)]
+    return [encode(tokenizer, turn, template, loss, apart=True) for turn in turns]
 
 
 def _up_to(conversation: Conversation, last: int) -> Conversation:
@@ -210,7 +211,9 @@ def _facts(tokenizer: Any, template: Template) -> _Facts:
     )
 
 
-def _conversation(tokenizer: Any, conversation: Conversation, template: Template, loss: str, facts: _Facts) -> Encoded:
+def _conversation(
+    tokenizer: Any, conversation: Conversation, template: Template, loss: str, facts: _Facts, apart: bool
+) -> Encoded:
     learned = _learned(conversation, loss)
     if not learned:
         raise RowError(f"no assistant turn to learn with loss={loss}")
@@ -218,18 +221,23 @@ def _conversation(tokenizer: Any, conversation: Conversation, template: Template
     row = Row(rows, conversation.messages, conversation.tools or None)
     _check_tools(rows, conversation, row.text)
     row.require_words()
-    tokens = _tokenized(tokenizer, row.text, add_special_tokens=False, return_offsets_mapping=True)
+    text, spans, differs = row.text, list[Span](), False
+    if apart:
+        text, span = row.apart(learned[-1])
+        spans = [span]
+    elif loss != "all":
+        spans, differs = row.spans(learned)
+    tokens = _tokenized(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     ids = tokens["input_ids"]
-    spans, differs = ([], False) if loss == "all" else row.spans(learned)
     labels, shared = _labels(ids, tokens["offset_mapping"], spans, facts.markers)
     stops = [ids[bisect_left(tokens["offset_mapping"], (stop, stop)) - 1] for _, stop in spans]
     notes = {
         "special_tokens_in_text": any(map(facts.specials.search, _said(row.messages))),
-        "extra_eos": template.turn_end.token * 2 in row.text,
+        "extra_eos": template.turn_end.token * 2 in text,
         "context_differs": differs,
         "other_turn_end": not facts.ends.issuperset(stops),
         "prompt_tokens_differ": facts.prompt_differs or shared,
-        **_thoughts(row, learned, spans),
+        **_thoughts(row, text, learned, spans),
     }
     return Encoded(
         input_ids=ids,
@@ -246,15 +254,15 @@ def _said(messages: list[Message]) -> list[str]:
     return said + [json.dumps(message["tool_calls"]) for message in messages if "tool_calls" in message]
 
 
-def _thoughts(row: Row, learned: list[int], spans: list[Span]) -> dict[str, bool]:
+def _thoughts(row: Row, text: str, learned: list[int], spans: list[Span]) -> dict[str, bool]:
     """What becomes of the thoughts of learned turns; with loss=all a turn's span is the whole text."""
-    spans = spans or [(0, len(row.text))] * len(learned)
-    turns = [(i, span) for i, span in zip(learned, spans, strict=True) if thoughts_of(row.messages[i])]
-    lost = [row.loses_thought(i, span) for i, span in turns]
+    spans = spans or [(0, len(text))] * len(learned)
+    thoughts = [(thoughts_of(row.messages[i]), span) for i, span in zip(learned, spans, strict=True)]
+    lost = [not all(one in text[slice(*span)] for one in thought) for thought, span in thoughts if thought]
     return {
         "thought": not all(lost),
         "thought_left_out": any(lost),
-        "thought_in_words": row.rows.form.moves_thoughts
+        "thought_in_words": row.rows.form.tags_are_words
         and any("<think>" in row.messages[i]["content"] for i in learned),
     }
 
@@ -286,8 +294,8 @@ def _check_tools(rows: Renderer, conversation: Conversation, text: str) -> None:
     for what, there in names.items():
         if there and (what in rows.unwritten or not all(name in text for name in there)):
             raise RowError(
-                f"the chat template writes no tool {what} (chat_template=qwen does; a model's own template named tool_use "
-                "is used where it has one)"
+                f"the chat template writes no tool {what} (chat_template=qwen does; of a model's own templates the one "
+                "named tool_use is taken)"
             )
 
 
