@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ def build(peft: PeftConfig, new_tokens: dict[str, list[int]] | None = None) -> A
         return None
     from peft import LoraConfig
 
+    extra = dict(peft.extra)
+    tokens = _all_tokens(new_tokens or {}, extra.pop("trainable_token_indices", None), peft.modules_to_save)
     targets: Any = peft.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -30,19 +34,36 @@ def build(peft: PeftConfig, new_tokens: dict[str, list[int]] | None = None) -> A
         bias=peft.bias,
         use_rslora=peft.use_rslora,
         use_dora=peft.use_dora,
-        **{"trainable_token_indices": new_tokens or None, **peft.extra},
+        trainable_token_indices=tokens or None,
+        **extra,
     )
 
 
-def new_tokens(model: Any, template: Template, tokenizer: Any) -> dict[str, list[int]]:
-    """The rows of each embedding that stand for tokens which the template brought along, by the module's name.
+def _all_tokens(new: dict[str, list[int]], asked: Any, saved: Sequence[str]) -> Any:
+    """New tokens and those of peft.extra.trainable_token_indices; a module that is saved whole needs none."""
+    new = {name: ids for name, ids in new.items() if name.rpartition(".")[2] not in saved}
+    if not new or not asked:
+        return new or asked
+    named: dict[str, Any] = dict(asked) if isinstance(asked, Mapping) else dict.fromkeys(new, asked)
+    leaves = {name.rpartition(".")[2]: name for name in new}  # both ways to name an embedding mean the same one
+    found = {name: set(ids) for name, ids in new.items()}
+    for name, ids in named.items():
+        found.setdefault(leaves.get(name, name), set()).update(ids)
+    return {name: sorted(ids) for name, ids in found.items()}
+
+
+def new_tokens(model: Any, template: Template, tokenizer: Any, new_rows: Sequence[int] = ()) -> dict[str, list[int]]:
+    """The rows of each embedding that stand for tokens which the base has never seen, by the module's name.
+
+    They are the tokens that the template brought along, and `new_rows`, those that the embedding lacked: these were
+    drawn at random, so that a base that is loaded again has others.
 
     LoRA on all linear layers leaves embeddings alone, so that a new token would stay as it was drawn at random, both
     when read and, where the output embedding has weights of its own, when written (axolotl#1570).
     """
-    if not template.added_tokens:
+    ids = sorted({*tokenizer.convert_tokens_to_ids(list(template.added_tokens)), *new_rows})
+    if not ids:
         return {}
-    ids = sorted(tokenizer.convert_tokens_to_ids(list(template.added_tokens)))
     names = {id(module): name for name, module in model.named_modules()}
     read, write = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [read] if model.config.get_text_config().tie_word_embeddings else [read, write]
@@ -50,6 +71,24 @@ def new_tokens(model: Any, template: Template, tokenizer: Any) -> dict[str, list
 
 
 # ------------------------------------------------------------------------------------------------------------ saving
+
+
+def trains_tokens(model: Any) -> bool:
+    """Whether rows of embeddings are trained beside the adapter's matrices."""
+    return any(
+        getattr(config, "trainable_token_indices", None) for config in getattr(model, "peft_config", {}).values()
+    )
+
+
+def save_what_is_trained(model: Any) -> None:
+    """Keep PEFT from saving embeddings whole where they have grown: the rows that are trained are saved by themselves.
+
+    An embedding that LoRA adapts is still saved whole where it has grown, since LoRA does not hold its new rows.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel) and trains_tokens(model):
+        model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def save(trainer: Any, folder: Path) -> None:

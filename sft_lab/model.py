@@ -191,12 +191,18 @@ def load_model(config: Config) -> Any:
     return load() if config.quant.method == "bnb_8bit" else shared.base((path, repr(arguments)), load)
 
 
-def fit_embeddings(model: Any, tokenizer: Any) -> None:
-    """Give the embeddings a row for each token that the tokenizer was given beyond them, drawn near their mean."""
-    rows = model.get_input_embeddings().weight
-    if len(tokenizer) > rows.shape[0]:
+def fit_embeddings(model: Any, tokenizer: Any) -> range:
+    """Give the embeddings a row for each token that the tokenizer has beyond them, drawn near their mean.
+
+    Returns:
+        The rows that are new.
+    """
+    weight = model.get_input_embeddings().weight
+    before = weight.shape[0]
+    if len(tokenizer) > before:
         shared.own_embeddings(model)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=rows.device.type != "meta")
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=weight.device.type != "meta")
+    return range(before, len(tokenizer))
 
 
 @contextlib.contextmanager

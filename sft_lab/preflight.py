@@ -104,8 +104,8 @@ def _count_parameters(config: Config, data: Prepared) -> tuple[int, int, int]:
     architecture = models.load_config(config.model)
     with models.told(config.model), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
-        models.fit_embeddings(model, data.tokenizer)
-    lora = adapter.build(config.peft, adapter.new_tokens(model, data.template, data.tokenizer))
+        new_rows = models.fit_embeddings(model, data.tokenizer)
+    lora = adapter.build(config.peft, adapter.new_tokens(model, data.template, data.tokenizer, new_rows))
     if lora is not None:
         try:
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)

@@ -158,7 +158,7 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
     set_seed(config.seed)  # for weights that the model's files lack
     model = models.load_model(config)
     set_seed(config.seed)  # for new tokens' embeddings and the adapter, whether or not loading drew anything
-    models.fit_embeddings(model, data.tokenizer)
+    new_tokens = adapter.new_tokens(model, data.template, data.tokenizer, models.fit_embeddings(model, data.tokenizer))
     collator = Collator(data.tokenizer.pad_token_id, flattens(config), distributed.row_multiple(config))
     stream = streaming.training_rows(config, data) if config.data.streaming else None
     trainer = SFTTrainer(
@@ -168,20 +168,21 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
         eval_dataset=data.eval if len(data.eval) else None,
         processing_class=data.tokenizer,
         data_collator=collator,
-        peft_config=adapter.build(config.peft, adapter.new_tokens(model, data.template, data.tokenizer)),
+        peft_config=adapter.build(config.peft, new_tokens),
         callbacks=callbacks,
     )
+    adapter.save_what_is_trained(trainer.model)
     if stream is None:  # SFTTrainer takes nothing but a datasets.Dataset, its loop takes any
         trainer.train_dataset = TrainingRows(data.train, data.column("length"), config, collator.pad_token_id)
     distributed.keep_precision(trainer)
     trainer.remove_callback(PrinterCallback)  # prints every log as a dict
     base = causal_lm(trainer.model)
-    if config.distributed.context_parallel_size > 1 and _writes_new_tokens(base, data):
+    if config.distributed.context_parallel_size > 1 and _writes_new_tokens(trainer.model):
         raise ConfigError(
             f"distributed.context_parallel_size={config.distributed.context_parallel_size} : the rows of new tokens in "
             "the output embedding need a head that knows whole rows (allowed: 1, or a chat_template without new tokens)"
         )
-    if models.device() == "cpu" or _writes_new_tokens(base, data) or distributed.hides_head(config, base):
+    if models.device() == "cpu" or _writes_new_tokens(trainer.model) or distributed.hides_head(config, base):
         loss.score_supervised_only(base)
     return trainer
 
@@ -197,9 +198,9 @@ def prove_isolation(config: Config, trainer: Any) -> None:
             attention.prove_isolation(trainer.model, trainer.data_collator)
 
 
-def _writes_new_tokens(model: Any, data: Prepared) -> bool:
+def _writes_new_tokens(model: Any) -> bool:
     """Whether rows of a separate output embedding are trained: TRL's head, which reads the weight, would not see it."""
-    return bool(data.template.added_tokens) and not model.config.get_text_config().tie_word_embeddings
+    return adapter.trains_tokens(model) and not causal_lm(model).config.get_text_config().tie_word_embeddings
 
 
 def causal_lm(model: Any) -> Any:
