@@ -11,6 +11,8 @@ from sft_lab.data.template import Template
 from sft_lab.errors import RunError
 from sft_lab.schema import PeftConfig
 
+FILES = ("adapter_config.json", "config.json")  # one of them lies beside the weights
+
 
 def build(peft: PeftConfig, new_tokens: dict[str, list[int]] | None = None) -> Any:
     """The `LoraConfig` that SFTTrainer puts on the base, or None to train every weight.

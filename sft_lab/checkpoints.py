@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from sft_lab import directories
 from sft_lab.runs import RunDirectory, read_json, write_json
 
 _SEAL = "whole.json"
@@ -48,9 +49,16 @@ def newest(run: RunDirectory) -> tuple[Path | None, list[str]]:
 
 
 def drop_torn(run: RunDirectory) -> None:
-    for checkpoint in _all(run):
-        if _damage(checkpoint):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+    """Delete those that are not complete.
+
+    Raises:
+        ConfigError: one of them has a file in it that no run wrote; nothing is deleted.
+    """
+    torn = [checkpoint for checkpoint in _all(run) if _damage(checkpoint)]
+    for checkpoint in torn:
+        directories.require_own_checkpoint(checkpoint)
+    for checkpoint in torn:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def saved_bytes(run: RunDirectory) -> int:
@@ -63,7 +71,8 @@ def saved_bytes(run: RunDirectory) -> int:
 
 
 def _all(run: RunDirectory) -> list[Path]:
-    return list(run.checkpoints.glob("checkpoint-*"))
+    found = run.checkpoints.glob("checkpoint-*")
+    return [path for path in found if directories.CHECKPOINT.fullmatch(path.name) and path.is_dir()]
 
 
 def _damage(checkpoint: Path) -> str | None:

@@ -81,7 +81,12 @@ def check(command: CommandLine) -> Path | None:
         if command.multirun:
             return None
         full = hydra_compose(config_name=command.name, overrides=command.overrides, return_hydra_config=True)
-    return Path(OmegaConf.select(full, "hydra.run.dir"))
+    if OmegaConf.select(full, "hydra.output_subdir") is not None:
+        raise ConfigError("hydra.output_subdir : Hydra would write a config.yaml of its own (allowed: null)")
+    run_dir = OmegaConf.select(full, "hydra.run.dir")
+    if not run_dir:
+        raise ConfigError("hydra.run.dir= : is empty (allowed: a directory that is new or empty)")
+    return Path(run_dir)
 
 
 def _read_sweep_file(hydra: Hydra, command: CommandLine) -> None:

@@ -75,6 +75,7 @@ def resume(run: RunDirectory, callbacks: Sequence[Any] = (), allowed: Collection
         ConfigError: something else has, or this machine cannot do what the run asks for.
         PreflightError: what it is still to save has no room.
     """
+    run.require_begun()
     run.lock()
     if run.completed:
         say(f"{run.path} is complete, there is nothing to go on with")

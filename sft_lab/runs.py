@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from sft_lab import errors
+from sft_lab import directories, errors
 from sft_lab.errors import ConfigError, Interrupted, InUse, Pruned, RunError, SftLabError
 
 _RESERVE_BYTES = 1 << 16
@@ -58,13 +58,22 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory to fill, renamed to `path` (replacing what was there) when the block ends well."""
+def whole_directory(path: Path, *marks: str) -> Iterator[Path]:
+    """A temporary directory to fill, renamed to `path` when the block ends well.
+
+    Args:
+        marks: files of which one shows that what was there is ours, and may be replaced.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    directories.require_replaceable(path, *marks)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if path.exists():
+            directories.require_replaceable(path, *marks)
             shutil.rmtree(path)
         os.replace(temporary, path)
     finally:
@@ -127,6 +136,8 @@ class RunDirectory:
             raise ConfigError(f"{path}: no such run directory")
         if not run.config.is_file():
             raise ConfigError(f"{path}: not a run directory, it has no {run.config.name}")
+        if not directories.is_config(run.config):
+            raise ConfigError(f"{path}: not a run directory, its {run.config.name} is not that of a run")
         return run
 
     def lock(self) -> None:
@@ -183,12 +194,27 @@ class RunDirectory:
     def require_free(self) -> None:
         """
         Raises:
-            ConfigError: the directory holds a run already.
+            ConfigError: the directory holds a run already, or anything else that is not ours.
         """
-        if self.config.exists():
+        if directories.is_config(self.config):
             raise ConfigError(
                 f"{self.path}: holds a run already; go on with it by `python -m sft_lab resume {self.path}`, "
                 "or give another hydra.run.dir or sweep.name"
+            )
+        directories.require_for_run(self.path)
+
+    def require_begun(self) -> None:
+        """
+        Raises:
+            ConfigError: there is more in the directory than a run's config, and no status of a run.
+        """
+        if directories.is_status(self.status):
+            return
+        left = [e for e in self.path.iterdir() if e != self.config]
+        if not all(directories.left_by_run(entry) for entry in left):
+            raise ConfigError(
+                f"{self.path}: has the {self.config.name} of a run and no {self.status.name} of one, so what else lies "
+                "there is not touched (allowed: a run directory, whole)"
             )
 
     def claim(self) -> None:

@@ -204,7 +204,7 @@ def _save_adapter(run: RunDirectory, trainer: Any, trained: dict[str, tuple[int,
     Raises:
         RunError: what was written is not all that was trained, or not finite.
     """
-    with whole_directory(run.adapter) if ranks.leads() else contextlib.nullcontext() as place:
+    with whole_directory(run.adapter, *adapter.FILES) if ranks.leads() else contextlib.nullcontext() as place:
         folder: Any = ranks.from_leader(place)
         adapter.save(trainer, folder)
         ranks.wait()

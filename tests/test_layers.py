@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 PACKAGE = Path(sft_lab.__file__).parent
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["", "errors", "schema", "library", "options"], 1),
+    **dict.fromkeys(["", "directories", "errors", "schema", "library", "options"], 1),
     **dict.fromkeys(
         [
             "checks",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_lab.errors import ConfigError
+from sft_lab import directories
 
 if TYPE_CHECKING:
     from sft_lab.sweep.ranking import Verdict
@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.html and (args.html.is_dir() or not args.html.parent.is_dir()):
-        raise ConfigError(f"--html={args.html} : no file can be written there (allowed: a file in a directory that is)")
+    if args.html is not None:
+        directories.require_page(args.html, "--html")
 
 
 # ------------------------------------------------------------------------------------------------ for a script

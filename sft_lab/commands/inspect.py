@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_lab import command_line
+from sft_lab import command_line, directories
 from sft_lab import config as configs
 from sft_lab.errors import ConfigError
 from sft_lab.runs import RunDirectory, to_json, write_text
@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     if args.rows < 1:
         raise ConfigError(f"--rows={args.rows} : too small (allowed: 1 and more)")
-    if args.html and (Path(args.html).is_dir() or not Path(args.html).parent.is_dir()):
-        raise ConfigError(f"--html={args.html} : no file can be written there (allowed: a file in a directory that is)")
+    if args.html is not None:
+        directories.require_page(Path(args.html), "--html")
 
 
 def _data(config: Config, run: RunDirectory | None) -> Prepared:

@@ -24,9 +24,11 @@ def main(argv: Sequence[str]) -> int:
     from sft_lab.logs import run_log
     from sft_lab.runs import RunDirectory, to_json
 
+    run = RunDirectory(run_dir)
+    run.require_free()
     with run_log():
         data = prepare(config)
-        report = preflight.examine(config, data, RunDirectory(run_dir)).as_dict()
+        report = preflight.examine(config, data, run).as_dict()
     if args.json:
         print(to_json(report))
     else:

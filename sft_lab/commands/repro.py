@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft_lab import command_line
-from sft_lab.errors import PreflightError
+from sft_lab.errors import ConfigError, PreflightError
 from sft_lab.runs import RunDirectory, to_json
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ _THREADS = "hardware.torch_threads"
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     old = RunDirectory.open(args.run_dir)
+    if args.run_dir_new == "":
+        raise ConfigError("--run-dir= : is empty (allowed: a directory that is new or empty)")
     new = RunDirectory(args.run_dir_new or command_line.one_run([], "repro")[1])
     new.require_free()
     # one JSON document on standard output: what a run tells of itself goes beside it

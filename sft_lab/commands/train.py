@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
 
             resume(RunDirectory(earlier))
             return 0
+    if run_dir and not meetings.current():  # of several processes one has begun it, perhaps
+        RunDirectory(run_dir).require_free()
     if command.composes and command.multirun:
         from sft_lab.sweep import sweepers
 

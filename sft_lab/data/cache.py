@@ -42,7 +42,7 @@ def get(key: Key, build: Callable[[Path], None]) -> tuple[Path, str]:
         why = _why_missed(key, root)
         for left in root.glob(f".{digest}.*.tmp"):  # of a process that was killed, since we hold the lock
             shutil.rmtree(left, ignore_errors=True)
-        with whole_directory(entry) as folder:
+        with whole_directory(entry, "facts.json") as folder:
             build(folder)
             write_json(folder / "key.json", key)
         return entry, f"cache miss ({why}), now in {entry}"

@@ -66,7 +66,7 @@ class Prepared:
 
     def save(self, run: RunDirectory) -> None:
         """Put the data into the run directory: hard links where the file system has them, so that it costs no space."""
-        with whole_directory(run.data) as folder:
+        with whole_directory(run.data, "facts.json") as folder:
             if self.folder is not None:
                 link_directory(self.folder, folder)
             self.tokenizer.save_pretrained(str(folder / "tokenizer"))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sft_lab import config as configs
+from sft_lab import directories
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import InUse
 from sft_lab.findings import Report
@@ -89,8 +90,10 @@ class SweepDirectory:
         A directory in which nothing was written is removed again.
 
         Raises:
+            ConfigError: something lies in it that no sweep wrote.
             InUse: another process has it; says which.
         """
+        directories.require_for_sweep(self.path)
         made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         file = self._locked()
@@ -133,7 +136,7 @@ class SweepDirectory:
 
     def outcome(self, trial: str) -> Outcome:
         status = self.run(trial).status
-        if not status.is_file():
+        if not directories.is_status(status):
             return Outcome(trial, "new")
         found = read_json(status)
         state = "pruned" if found.get("pruned_at_step") else found["state"]

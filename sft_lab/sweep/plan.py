@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft_lab import checkpoints, console, preflight
+from sft_lab import checkpoints, console, directories, preflight
 from sft_lab.data.prepare import prepare
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import ConfigError, PreflightError, RunError
@@ -107,8 +107,10 @@ def checked(candidate: Candidate, sweep: SweepDirectory, prepared: Preparations,
 def _problems(trial: Trial, sweep: SweepDirectory, prepared: Preparations, elsewhere: bool) -> list[str]:
     """What keeps a trial from running; fills in its data and report where nothing does."""
     try:
-        data = prepared.of(trial.config)
         run = sweep.run(trial.id)
+        if trial.outcome.state == "new" and not directories.is_config(run.config):
+            run.require_free()
+        data = prepared.of(trial.config)
         recorded = read_json(run.preflight)["data_fingerprint"] if run.preflight.is_file() else None
         if recorded not in (None, data.facts["data_fingerprint"]):
             return [f"{run.path} holds a run on data that has changed since (allowed: another sweep.name)"]

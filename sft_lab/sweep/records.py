@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from sft_lab import config as configs
+from sft_lab import directories
 from sft_lab.errors import ConfigError
 from sft_lab.runs import RunDirectory, read_json
 from sft_lab.sweep.differences import differing, is_number
@@ -118,7 +119,7 @@ def read(directories: Sequence[str | os.PathLike[str]]) -> Comparison:
 
 def _is_run(path: Path) -> bool:
     run = RunDirectory(path)
-    return run.config.is_file() or run.status.is_file()
+    return directories.is_config(run.config) or directories.is_status(run.status)
 
 
 def _read_sweep(path: Path, sweeps: dict[Path, Sweep]) -> list[Record]:

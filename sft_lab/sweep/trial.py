@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from sft_lab import shared
-from sft_lab.errors import Interrupted, InUse, SftLabError
+from sft_lab import directories, shared
+from sft_lab.errors import ConfigError, Interrupted, InUse, SftLabError
 from sft_lab.launch import resume, start
 from sft_lab.runs import RunDirectory
 from sft_lab.sweep.ledger import Outcome, SweepDirectory, Trial
@@ -74,9 +74,11 @@ def _failed(sweep: SweepDirectory, trial: str, error: Exception) -> Outcome:
         return Outcome(trial, "failed", told, outcome.step)
     try:
         directory = sweep.run(trial)
+        if not (directories.is_config(directory.config) or directories.is_status(directory.status)):
+            directory.require_free()
         directory.path.mkdir(exist_ok=True)
         directory.set_status("failed", error=told)
-    except OSError as full:
+    except (OSError, ConfigError) as full:
         log.warning("%s: its failure could not be written down: %s", trial, full)
     return Outcome(trial, "failed", told, outcome.step)
 

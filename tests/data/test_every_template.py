@@ -164,7 +164,9 @@ def test_each_turn_follows_the_prompt_and_stops_at_its_end(family: str, case: st
     turns = [message for message in conversation.messages if message["role"] == "assistant"]
     assert len(spans) == len(turns)
     _, answer_end, call_end = ends_of(family)
-    for i, ((start, stop), message, prompt) in enumerate(zip(spans, turns, prompts(family, tokenizer, case), strict=True)):
+    for i, ((start, stop), message, prompt) in enumerate(
+        zip(spans, turns, prompts(family, tokenizer, case), strict=True)
+    ):
         if (family, case) not in DIFFERS:
             assert text[:start] == prompt
         end = call_end if "tool_calls" in message else answer_end
