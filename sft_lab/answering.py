@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from sft_lab.data.prepare import evaluation_rows
 from sft_lab.data.prepared import Prepared, asking
 from sft_lab.data.template import Template
 from sft_lab.data.tokenize import IGNORE
-from sft_lab.errors import PreflightError
+from sft_lab.errors import PreflightError, RunError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 from sft_lab.trainer import Collator
@@ -57,6 +58,7 @@ class Finished:
 
         Raises:
             PreflightError: the rows cannot be read or used.
+            RunError: the loss is not finite.
         """
         unknown = [name for name in config.data.metrics if name not in evaluate.METRICS]
         if unknown:
@@ -65,10 +67,12 @@ class Finished:
         questions = asking(rows)
         settings = replace(config.evaluation, rows=len(questions) if config.data.metrics else 0)
         answers = evaluate.answer_rows(self.model, self.tokenizer, questions, self.template.turn_end.id, settings)
-        metrics = {
-            "loss": self._loss(rows, config.trainer.per_device_eval_batch_size),
-            **evaluate.score(config.data.metrics, answers, questions["reference"]),
-        }
+        loss = self._loss(rows, config.trainer.per_device_eval_batch_size)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss of {len(rows)} rows is {loss}: the weights of the adapter or the base are damaged"
+            )
+        metrics = {"loss": loss, **evaluate.score(config.data.metrics, answers, questions["reference"])}
         return {"source": config.data.path or config.data.source, "rows": len(rows), "metrics": metrics}
 
     def answer(self, messages: list[Message], max_new_tokens: int) -> str:
@@ -80,16 +84,18 @@ class Finished:
         return evaluate.generate(self.model, self.tokenizer, [ids], self.template.turn_end.id, max_new_tokens, 1)[0]
 
     def _loss(self, rows: Any, batch_size: int) -> float:
-        """Mean cross-entropy over every token that carries loss, in nats."""
+        """Mean cross-entropy over every token that carries loss, in nats; in the precision that the run trained in."""
         import torch
 
         collate = Collator(self.tokenizer.pad_token_id)
         total, count = 0.0, 0
-        with torch.inference_mode():
+        with torch.inference_mode(), models.autocast(self.config):
             for start in range(0, len(rows), batch_size):
                 batch = collate(rows.select(range(start, min(start + batch_size, len(rows)))).to_list())
                 batch = {name: values.to(self.model.device) for name, values in batch.items()}
-                supervised = int((batch["labels"] != IGNORE).sum())
-                total += float(self.model(**batch, use_cache=False).loss) * supervised
-                count += supervised
+                labels = batch.pop("labels")[:, 1:]
+                logits = self.model(**batch, use_cache=False).logits[:, :-1][labels != IGNORE].float()
+                targets = labels[labels != IGNORE]
+                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+                count += len(targets)
         return total / count

@@ -93,6 +93,8 @@ class Metrics(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         kept = {key.removeprefix("eval_"): value for key, value in metrics.items() if key in _EVAL_KEYS}
+        if not math.isfinite(kept["loss"]):
+            raise _diverged(f"eval loss is {kept['loss']}", args, state)
         event = {"step": state.global_step, "split": "eval", "time_s": round(self.time_s, 3), **kept}
         self.record(event)
         self._began += metrics.get("eval_runtime", 0.0)
@@ -109,9 +111,10 @@ _EVAL_KEYS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_run
 
 
 def _diverged(what: str, args: Any, state: Any) -> RunError:
+    decay = f", or trainer.weight_decay={args.weight_decay:g}" if args.weight_decay else ""
     return RunError(
         f"{what} at step {state.global_step}: training has diverged "
-        f"(trainer.learning_rate={args.learning_rate:g} may be too high)"
+        f"(trainer.learning_rate={args.learning_rate:g}{decay} may be too high)"
     )
 
 

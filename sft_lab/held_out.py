@@ -35,7 +35,7 @@ def after(config: Config, run: RunDirectory, data: Prepared, trainer: Any, track
         if ranks.leads():
             write_text(run.samples, "")
         return {}
-    loss = {"eval_loss": trainer.evaluate()["eval_loss"]}
+    loss = {"eval_loss": _last_loss(trainer)}
     answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
     if not ranks.leads():
         return loss
@@ -47,6 +47,14 @@ def after(config: Config, run: RunDirectory, data: Prepared, trainer: Any, track
         tracker.log(tracking.flatten_event(event), event["step"])
     _write_samples(config, run, data, answers)
     return loss | scores
+
+
+def _last_loss(trainer: Any) -> float:
+    """The loss of the trained model; the evaluation at the last step, where trainer.eval_steps has it, is the same."""
+    for event in reversed(trainer.state.log_history):
+        if "eval_loss" in event and event["step"] == trainer.state.global_step:
+            return float(event["eval_loss"])
+    return float(trainer.evaluate()["eval_loss"])
 
 
 def _say_scores(when: str, scores: dict[str, float], config: Config, data: Prepared) -> None:

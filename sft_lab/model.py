@@ -63,6 +63,16 @@ def resolve_precision(config: Config) -> Precision:
     return Precision(training, dtype, why)
 
 
+def autocast(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """What a run computes in: the loss of an evaluation depends on it."""
+    import torch
+
+    training = resolve_precision(config).training
+    if training not in _AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(device(), dtype=getattr(torch, _AUTOCAST[training]))
+
+
 def resolve_attention(config: Config) -> str:
     """What `model.attn_implementation=auto` comes to: for packed rows, the one that pays for each document alone."""
     asked = config.model.attn_implementation

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -42,8 +43,18 @@ def write_text(path: Path, text: str) -> None:
 
 def to_json(value: Any) -> str:
     """Indented JSON that a person can read; with escapes where a text (a file's name, say) is no valid Unicode."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return text if not _SURROGATE.search(text) else json.dumps(value, indent=2)
+    value = finite(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return text if not _SURROGATE.search(text) else json.dumps(value, indent=2, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The value with null for each number that JSON does not have: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -250,7 +261,7 @@ class RunDirectory:
 
     def append_metrics(self, event: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(json.dumps(finite(event), allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The logged events; a last line torn by a killed process is left out."""

@@ -150,7 +150,8 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
         ConfigError: context parallelism, and a head that it would mislead.
     """
     from transformers import PrinterCallback, set_seed
-    from trl import SFTTrainer
+
+    from sft_lab.evaluating import EvaluatingTrainer
 
     data.tokenizer.padding_side = "right"
     arguments = build_arguments(config, run)  # before the model: ZeRO-3 shards it as it is read
@@ -161,7 +162,7 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
     new_tokens = adapter.new_tokens(model, data.template, data.tokenizer, models.fit_embeddings(model, data.tokenizer))
     collator = Collator(data.tokenizer.pad_token_id, flattens(config), distributed.row_multiple(config))
     stream = streaming.training_rows(config, data) if config.data.streaming else None
-    trainer = SFTTrainer(
+    trainer = EvaluatingTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train if stream is None else stream,

@@ -37,6 +37,7 @@ LAYERS: dict[str, int] = {
             "attention",
             "embedded",
             "evaluate",
+            "evaluating",
             "loss",
             "model",
             "quant",

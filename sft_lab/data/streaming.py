@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from datasets import IterableDataset
 
 from sft_lab.data import duplicates, pack, sources
 from sft_lab.data.batches import join, strategy
-from sft_lab.data.convert import Converter
+from sft_lab.data.convert import Account, Converter
 from sft_lab.data.prepared import Prepared
 from sft_lab.errors import RunError
 from sft_lab.schema import Config
@@ -23,6 +24,8 @@ from sft_lab.schema import Config
 log = logging.getLogger("sft_lab")
 
 _WINDOW = 1000  # rows that are read, converted and packed together
+_NAMED = 5  # rows left out of a window that the log names
+T = TypeVar("T")
 
 
 def training_rows(config: Config, data: Prepared) -> IterableDataset:
@@ -36,8 +39,11 @@ def training_rows(config: Config, data: Prepared) -> IterableDataset:
     )
 
 
-def one_pass(config: Config, data: Prepared, number: int) -> IterableDataset:
-    """The rows of a pass, counted from 0, in the order that the seed and its number decide."""
+def one_pass(config: Config, data: Prepared, number: int) -> Iterator[dict[str, Any]]:
+    """The rows of a pass, counted from 0, in the order that the seed and its number decide.
+
+    The order is our own, and not that of `IterableDataset.shuffle`, which in a worker of a DataLoader is another one.
+    """
     return _one_pass(config, _converter(config, data), number)
 
 
@@ -63,16 +69,26 @@ def _endless(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
             raise RunError(f"data.path={config.data.path}: no row of it is left to train on")
 
 
-def _one_pass(config: Config, converter: Converter, number: int) -> IterableDataset:
-    rows = IterableDataset.from_generator(_rows, gen_kwargs={"config": config, "converter": converter})
+def _one_pass(config: Config, converter: Converter, number: int) -> Iterator[dict[str, Any]]:
+    rows = _rows(config, converter, tell=number == 0)
     if strategy(config) == "sequential":
         return rows
-    shuffled = rows.shuffle(seed=config.seed, buffer_size=config.data.shuffle_buffer)
-    shuffled.set_epoch(number)
-    return shuffled
+    return _shuffled(rows, config.data.shuffle_buffer, np.random.default_rng([config.seed, number]))
 
 
-def _rows(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
+def _shuffled(rows: Iterator[T], size: int, random: np.random.Generator) -> Iterator[T]:
+    """Each row, drawn out of a buffer that the next one then fills."""
+    buffer = list(itertools.islice(rows, size))
+    for row in rows:
+        place = int(random.integers(size))
+        yield buffer[place]
+        buffer[place] = row
+    for place in random.permutation(len(buffer)):
+        yield buffer[place]
+
+
+def _rows(config: Config, converter: Converter, tell: bool) -> Iterator[dict[str, Any]]:
+    """Rows in the order of the files. tell: log those that are left out, which are the same in each pass."""
     (source,) = sources.training(config.data)
     names = [place.name for place in source.places]
     raw = iter(source)
@@ -88,12 +104,22 @@ def _rows(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
                 f"{names[place]}: row {number}: gives away a held-out row (data.on_leak=drop leaves such rows out, "
                 "preflight.allow=[leak] lets them through)"
             )
-        for told in bad:
-            log.warning("left out %s", told)
-        for reason, rows in account.dropped.items():
-            if reason != "bad":
-                log.info("left out (%s) %s", reason, ", ".join(f"{names[place]}:{number}" for place, number in rows))
+        if tell:
+            _log_left_out(account, names, bad)
         yield from _packed(converted, config) if config.trainer.packing else converted
+
+
+def _log_left_out(account: Account, names: list[str], bad: list[str]) -> None:
+    """A line for each reason, with the first rows by name."""
+    for told in bad[:_NAMED]:
+        log.warning("left out %s", told)
+    if len(bad) > _NAMED:
+        log.warning("left out %d more bad rows", len(bad) - _NAMED)
+    for reason, rows in account.dropped.items():
+        if reason != "bad":
+            shown = ", ".join(f"{names[place]}:{number}" for place, number in rows[:_NAMED])
+            more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+            log.info("left out (%s) %s%s", reason, shown, more)
 
 
 def _packed(rows: list[dict[str, Any]], config: Config) -> Iterator[dict[str, Any]]:
