@@ -105,6 +105,7 @@ class _Work:
             "contents": [[place.fingerprint for place in source.places] for source in selection.every_source],
             "held_out": selection.held_out is not None,  # the last of them, then
             "format": [[s.config.format, s.config.columns] for s in selection.every_source],
+            "ignore_columns": [sorted(s.ignored) for s in selection.every_source],
             "template": cache.digest_of(self.template.name, self.template.text),
             "tokenizer": _tokenizer_digest(self.tokenizer),
             "max_length": self.config.trainer.max_length,
@@ -155,6 +156,9 @@ class _Work:
             "dropped_eval_rows": held_out.dropped,
             "shortened_rows": total.shortened,
             "leaks": total.leaks,
+            "unread_columns": total.unread.columns + held_out.unread.columns,
+            "unread_message_keys": total.unread.keys + held_out.unread.keys,
+            "null_arguments": total.unread.nulls + held_out.unread.nulls,
         }
 
     def _converter(self, source: Source, leaks: duplicates.Leaks | None = None, held_out: bool = False) -> Converter:
@@ -165,6 +169,7 @@ class _Work:
             self.template,
             source.config.format,
             source.config.columns,
+            source.ignored,
             held_out=held_out,
             leaks=leaks,
             signatures=self.config.data.deduplicate == "near" or _size(self.selection.training) <= _COMPARED_BYTES,

@@ -45,6 +45,11 @@ class Source:
     places: list[Place]
     first_place: int  # the number of its first place among the run's
 
+    @property
+    def ignored(self) -> frozenset[str]:
+        """Columns, and keys of messages, that count as absent."""
+        return frozenset(self.config.ignore_columns)
+
     def __iter__(self) -> Iterator[RawRow]:
         mask = self._sampled()
         taken = 0
@@ -91,7 +96,8 @@ def training(data: DataConfig) -> list[Source]:
     for config in data.sources.values():
         seed = config.seed if config.seed >= 0 else data.seed
         places = _places(config, config.path, config.split)
-        sources.append(Source(SourceConfig(**{**vars(config), "seed": seed}), places, first))
+        ignored = [*data.ignore_columns, *config.ignore_columns]
+        sources.append(Source(SourceConfig(**{**vars(config), "seed": seed, "ignore_columns": ignored}), places, first))
         first += len(places)
     return sources
 
@@ -109,7 +115,9 @@ def held_out(data: DataConfig, first_place: int) -> Source | None:
 
 
 def _single(data: DataConfig) -> SourceConfig:
-    return SourceConfig(path=data.path, format=data.format, columns=data.columns, seed=data.seed)
+    return SourceConfig(
+        path=data.path, format=data.format, columns=data.columns, ignore_columns=data.ignore_columns, seed=data.seed
+    )
 
 
 def _places(location: LocationConfig, path: str, split: str, streaming: bool = False) -> list[Place]:

@@ -49,6 +49,7 @@ def _converter(config: Config, data: Prepared) -> Converter:
         data.template,
         config.data.format,
         config.data.columns,
+        frozenset(config.data.ignore_columns),
         leaks=duplicates.Leaks(data.eval["text"][:]) if len(data.eval) else None,
     )
 

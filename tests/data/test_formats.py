@@ -337,7 +337,8 @@ def test_why_columns_are_refused(row: dict[str, Any], name: str, columns: dict[s
 
 def test_what_is_mapped_narrows_the_formats_without_a_row() -> None:
     assert possible_formats("auto", {}) == tuple(FORMATS)
-    assert possible_formats("auto", {"tools": "functions"}) == ("messages", "sharegpt", "prompt_completion")
+    chats = ("messages", "sharegpt", "prompt_completion", "alpaca", "question_answer")
+    assert possible_formats("auto", {"tools": "functions"}) == chats
     assert possible_formats("auto", {"prompt": "a", "weight": "b"}) == ("prompt_completion",)
     assert possible_formats("alpaca", {"output": "a"}) == ("alpaca",)
 

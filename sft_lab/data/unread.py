@@ -1,0 +1,214 @@
+"""Columns of a row that nothing reads: counted by name, or refused where a value in them changes what the row teaches.
+
+Files that are made for other methods (DPO, KTO, vision) or other tools have the words of an SFT row and more beside
+them. To train on the words alone would teach something else than the file says.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft_lab.data.values import RowError, holds
+
+_NAMES = 1000  # that are counted; rows may have names of their own each
+
+
+@dataclass
+class Unread:
+    """In how many rows a name that nothing reads holds a value.
+
+    columns, keys: by name, of rows and of messages.
+    nulls: rows whose calls of tools had arguments that Arrow holds as null, which count as absent.
+    """
+
+    columns: Counter[str] = field(default_factory=Counter)
+    keys: Counter[str] = field(default_factory=Counter)
+    nulls: int = 0
+
+    def count(self, columns: Iterable[str], keys: Iterable[str]) -> None:
+        for counts, names in ((self.columns, columns), (self.keys, keys)):
+            counts.update(name for name in names if name in counts or len(counts) < _NAMES)
+
+    def add(self, other: Unread) -> None:
+        self.columns.update(other.columns)
+        self.keys.update(other.keys)
+        self.nulls += other.nulls
+
+
+# ----------------------------------------------------------------------------- names that change what a row teaches
+
+_SINGLE = ("prompt_completion", "alpaca", "question_answer")  # formats of one question and its answer
+_CHATS = ("messages", "sharegpt", *_SINGLE)
+_SHAREGPT = ("conversations",)
+
+_PREFERRED = ("chosen", "chosen_messages", "chosen_response", "chosen_conversations")
+_REJECTED = ("rejected", "rejected_messages", "rejected_response", "rejected_conversations")
+_MARKS = ("label", "kto_tag", "desirable")  # a KTO row's; `label` is a class of its own in other data
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values", "input_features")
+_WORDS = ("context", "contexts", "passage", "passages", "paragraph", "document", "choices", "options", "input")
+_AROUND = ("prefix", "suffix", "instruction", "history", "documents", *_WORDS)
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_WEIGHTS = ("loss_weight", "loss_scale", "loss_mask", "sample_weight")
+_PACKED = ("seq_lengths", "position_ids", "token_type_ids", "segment_ids", "document_ids", "cu_seqlens")
+_ANSWERS = ("completion", "completions", "response", "responses", "answer", "answers", "output", "target")
+
+
+def _preference(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    if any(column in read for column in _PREFERRED):  # mapped: the answer that is to be trained
+        return None
+    if any(holds(row.get(name)) and row[name] in _read_values(row, read) for name in _PREFERRED):
+        return None  # said twice, as in UltraFeedback
+    chosen = next((name for name in _PREFERRED if holds(row.get(name))), None)
+    way = f"data.columns={{{_mapped(chosen, row)}}} trains the chosen answer, " if chosen else ""
+    return f"is an answer of a preference row (DPO) that is not read (allowed: {way}{_ignoring(name)})"
+
+
+def _mapped(chosen: str, row: Mapping[str, Any]) -> str:
+    """The entries of data.columns by which the chosen answer is read."""
+    answer = row[chosen]
+    first = answer[0] if isinstance(answer, list) and answer else answer
+    role = (first.get("role") or first.get("from")) if isinstance(first, Mapping) else None
+    if isinstance(answer, list) and role in ("system", "user", "human", "developer"):
+        return f"messages: {chosen}" if first.get("role") else f"conversations: {chosen}"
+    for prompt in ("messages", *_SHAREGPT):
+        if role and holds(row.get(prompt)):
+            return f"prompt: {prompt}, completion: {chosen}"
+    name = next((name for name in ("output", "answer") if holds(row.get(name))), "completion")
+    return f"{name}: {chosen}"
+
+
+def _bad_answer(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    value = row[name].strip().lower() if isinstance(row[name], str) else row[name]
+    if value in ("false", "0") or (isinstance(value, bool | int | float) and value == 0):
+        return f"is {row[name]!r}, which marks an answer as a bad one (KTO; allowed: true, {_ignoring(name)})"
+    return None
+
+
+def _media(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    return f"holds media, which are not read: only words are learned (allowed: none, {_ignoring(name)})"
+
+
+def _words(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    """Words that belong to the question, unless the question has them already."""
+    value = row[name]
+    if isinstance(value, bool | int | float) or _said(value, row, read):
+        return None
+    way = ""
+    if format_ == "question_answer" and isinstance(value, str):
+        way = f"data.columns={{instruction: question, input: {name}, output: answer}} puts it into the question, "
+    elif format_ == "prompt_completion" and isinstance(value, str):
+        way = f"data.columns={{instruction: prompt, input: {name}, output: completion}} puts it into the question, "
+    elif format_ == "alpaca" and "input" not in read and isinstance(value, str):
+        way = f"data.columns={{input: {name}}} puts it into the question, "
+    return f"holds words that format {format_} does not read (allowed: {way}{_ignoring(name)})"
+
+
+def _thought(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    if not isinstance(row[name], str) or _said(row[name], row, read):
+        return None
+    return f"holds a thought, which is read of messages alone (allowed: reasoning_content in one, {_ignoring(name)})"
+
+
+def _weight(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    if row[name] in (1, "1"):
+        return None
+    return f"is {reprlib.repr(row[name])}, which is not read (allowed: 1, a column weight of 0 or 1, {_ignoring(name)})"
+
+
+def _template(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    return f"is not read: one template is for all rows (allowed: chat_template=from_file, {_ignoring(name)})"
+
+
+def _packed(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    """What says that a row of tokens is of several documents, whose attention would have to be kept apart."""
+    value, count = row[name], len(row["input_ids"])
+    same = {"seq_lengths": [count], "cu_seqlens": [0, count], "position_ids": list(range(count))}
+    if value == same.get(name) or (name not in same and isinstance(value, list) and len(set(map(repr, value))) == 1):
+        return None
+    return (
+        "says that the row has several documents or segments, which is not read (allowed: each as a row of its own, "
+        f"trainer.packing=true packs them; {_ignoring(name)})"
+    )
+
+
+def _token_weights(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    return f"is not read (allowed: labels, completion_mask, {_ignoring(name)})"
+
+
+def _ignoring(name: str) -> str:
+    return f"data.ignore_columns=[{name}] takes the column for nothing"
+
+
+_RULES = {
+    **{(form, name): _preference for form in (*_CHATS, "text") for name in (*_PREFERRED, *_REJECTED)},
+    **{(form, name): _bad_answer for form in _CHATS for name in _MARKS},
+    **{(form, name): _media for form in (*_CHATS, "text", "tokens") for name in _MEDIA},
+    **{(form, name): _words for form in _SINGLE for name in _AROUND},
+    **{(form, name): _words for form in ("messages", "sharegpt") for name in ("history", "documents")},
+    **{(form, name): _thought for form in _SINGLE for name in _THOUGHTS},
+    **{(form, name): _weight for form in (*_CHATS, "text") for name in _WEIGHTS},
+    **{(form, "chat_template"): _template for form in _CHATS},
+    **{("tokens", name): _packed for name in _PACKED},
+    **{("tokens", name): _token_weights for name in ("loss_weights", "loss_weight", "weights")},
+}
+
+
+def check_columns(row: Mapping[str, Any], left: Collection[str], format_: str, read: Collection[str]) -> list[str]:
+    """Those of the columns `left`, which nothing reads, that hold a value, in the row's order.
+
+    read: the columns that the format reads, and those from which `data.columns` takes what it reads.
+
+    Raises:
+        RowError: a value changes what the row teaches.
+    """
+    found = [name for name in row if name in left and holds(row[name])]
+    for name in found:
+        rule = _RULES.get((format_, name.lower()))
+        reason = rule(name, row, format_, read) if rule else None
+        if reason:
+            raise RowError(f"column {name} {reason}")
+    return found
+
+
+def check_answer(row: Mapping[str, Any], found: list[str]) -> None:
+    """Of a conversation that ends with a question: that no column has its answer.
+
+    Raises:
+        RowError: one has.
+    """
+    for name in found:
+        if name.lower() in _ANSWERS:
+            raise RowError(
+                f"the conversation ends without an answer and column {name}, which is not read, holds one (allowed: "
+                f"data.columns={{prompt: ..., completion: {name}}}, {_ignoring(name)})"
+            )
+
+
+def preference_hint(row: Mapping[str, Any]) -> str:
+    """Of a row that fits no format: how its preferred answer is trained; empty where it has none."""
+    chosen = next((name for name in _PREFERRED if holds(row.get(name))), None)
+    return f"; data.columns={{{_mapped(chosen, row)}}} trains the chosen answer" if chosen else ""
+
+
+def _said(value: Any, row: Mapping[str, Any], read: Collection[str]) -> bool:
+    """Whether all words of a value stand in what is read."""
+    said = [words for other in _read_values(row, read) for words in _texts(other)]
+    wanted = [words.strip() for words in _texts(value)]
+    return bool(wanted) and all(any(words in other for other in said) for words in wanted)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _read_values(row: Mapping[str, Any], read: Collection[str]) -> list[Any]:
+    return [row[name] for name in read if holds(row.get(name))]
