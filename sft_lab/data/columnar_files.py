@@ -1,4 +1,9 @@
-"""Rows of .parquet and .arrow files; `files.read_file` is the way in, and tells what pyarrow raises."""
+"""Rows that come out of Arrow: .parquet and .arrow files, data sets of the hub.
+
+Arrow gives every object of a column the keys of all, with null where one has not got them. In an object null therefore
+stands for absent and is left out: a tool's parameters, a call's arguments, a message would else have keys of others.
+`files.read_file` is the way in for files, and tells what pyarrow raises.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from sft_lab.data.text_files import Decoder, Rows
+from sft_lab.data.values import NullsDropped
 from sft_lab.errors import PreflightError
 
 _BATCH = 16  # rows that are Python objects at a time; one may be of 10 MB
@@ -50,36 +56,58 @@ def _rows(path: Path, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBa
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
-            for value, problem in _values(batch.slice(start, _BATCH)):
+            for value, problem in values(batch.slice(start, _BATCH)):
                 number += 1
                 yield number, value, problem
 
 
-def _values(batch: pyarrow.RecordBatch) -> list[tuple[Any, str | None]]:
-    """The rows of a batch; each is read by itself where one of them cannot be."""
+def values(batch: pyarrow.RecordBatch) -> list[tuple[Any, str | None]]:
+    """The rows of a batch, or why one cannot be read; each is read by itself where one of them cannot be."""
     try:
         batch.validate(full=True)  # what is damaged must not be followed: offsets, texts that are no UTF-8
         rows = batch.to_pylist()
-        for field in batch.schema:
-            if _differs(field.type):
-                for row in rows:
-                    row[field.name] = _plain(row[field.name], field.type)
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            if _differs(field.type) or _has_null_member(column):
+                for number, row in enumerate(rows):
+                    dropped: list[str] = []
+                    row[field.name] = _plain(row[field.name], field.type, dropped, ())
+                    if dropped:
+                        rows[number] = NullsDropped(row)
     except (ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is a ValueError
         if batch.num_rows == 1:
             first_line = str(error).partition("\n")[0]
             return [(None, f"cannot be read ({first_line})")]
-        return [row for place in range(batch.num_rows) for row in _values(batch.slice(place, 1))]
+        return [row for place in range(batch.num_rows) for row in values(batch.slice(place, 1))]
     return [(row, None) for row in rows]
 
 
 def _differs(kind: pyarrow.DataType) -> bool:
-    """Whether `_plain` may give something else than `to_pylist` does."""
+    """Whether `_plain` may give something else than `to_pylist` does, null members of objects aside."""
     inner = any(_differs(kind.field(number).type) for number in range(kind.num_fields))
     return inner or pyarrow.types.is_floating(kind) or isinstance(kind, pyarrow.JsonType)
 
 
-def _plain(value: Any, kind: pyarrow.DataType) -> Any:
-    """A value as other files would give it: None for NaN, by which data frames mark what is missing; JSON decoded.
+def _has_null_member(column: pyarrow.Array) -> bool:
+    """Whether an object somewhere in a column has a null."""
+    if isinstance(column, pyarrow.ExtensionArray):
+        return _has_null_member(column.storage)
+    kind = column.type
+    if pyarrow.types.is_struct(kind):
+        members = [column.field(number) for number in range(kind.num_fields)]
+        return any(member.null_count or _has_null_member(member) for member in members)
+    if pyarrow.types.is_dictionary(kind) or pyarrow.types.is_map(kind) or not kind.num_fields:
+        return False
+    return not hasattr(column, "flatten") or _has_null_member(column.flatten())
+
+
+_CALL = ("arguments", "input")  # of a call, whose keys anybody may choose and whose values may be null
+
+
+def _plain(value: Any, kind: pyarrow.DataType, dropped: list[str], above: tuple[str, ...]) -> Any:
+    """A value as other files would give it: None for NaN, by which data frames mark what is missing; JSON decoded;
+    objects without the members that are null.
+
+    above: names of the objects around it; where they are a call's arguments, names of nulls are added to `dropped`.
 
     Raises:
         ValueError: it is marked as JSON and is none.
@@ -91,8 +119,14 @@ def _plain(value: Any, kind: pyarrow.DataType) -> Any:
         if problem:
             raise ValueError(problem)
         return decoded
-    if isinstance(value, dict):
-        return {field.name: _plain(value[field.name], field.type) for field in kind}
-    if isinstance(value, list) and not pyarrow.types.is_map(kind):
-        return [_plain(item, kind.value_type) for item in value]
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _plain(value, kind.storage_type, dropped, above)
+    if isinstance(value, dict) and pyarrow.types.is_struct(kind):
+        members = {field.name: _plain(value[field.name], field.type, dropped, (*above, field.name)) for field in kind}
+        kept = {name: member for name, member in members.items() if member is not None}
+        if len(kept) < len(members) and any(name in _CALL for name in above):
+            dropped += members.keys() - kept.keys()
+        return kept
+    if isinstance(value, list) and hasattr(kind, "value_type") and not pyarrow.types.is_dictionary(kind):
+        return [_plain(item, kind.value_type, dropped, above) for item in value]
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from typing import Any
 import numpy as np
 
 from sft_lab.data import files
+from sft_lab.data.columnar_files import values
 from sft_lab.errors import RunError, SftLabError
 from sft_lab.schema import DataConfig, LocationConfig, SourceConfig
+
+_BATCH = 16  # rows of a hub data set that are Python objects at a time
 
 
 @dataclass
@@ -145,16 +149,28 @@ def _hub(location: LocationConfig, split: str, streaming: bool) -> Place:
     except SftLabError:  # a signal's
         raise
     except Exception as error:  # whatever the hub client raises, its first line is what the person needs
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"data.path={location.path}: the hub gave no such data set ({reason})") from error
+        raise RunError(f"data.path={location.path}: the hub gave no such data set ({_first_line(error)})") from error
 
     def read() -> Iterator[tuple[int, Any, str | None]]:
-        yield from ((number, row, None) for number, row in enumerate(dataset, start=1))
+        number = 0
+        try:
+            for table in dataset.with_format("arrow").iter(batch_size=_BATCH):  # sounds and pictures stay as they are
+                for row in itertools.chain.from_iterable(map(values, table.to_batches())):
+                    number += 1
+                    yield (number, *row)
+        except SftLabError:
+            raise
+        except Exception as error:
+            raise RunError(f"{place}: row {number + 1}: cannot be read ({_first_line(error)})") from error
 
     place = f"{location.path}[{split}]"
     if streaming:  # only what was asked for is known of it
         return Place(place, f"{location.name}:{location.revision}", read)
     return Place(place, str(dataset._fingerprint), read, dataset.data.nbytes)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _requests(data: DataConfig, held_out: bool) -> Place:
