@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from sft_lab.data.text_files import Decoder, Rows
+from sft_lab.data.unchanged import Version, opened, require
 from sft_lab.data.values import NullsDropped
 from sft_lab.errors import PreflightError
 
@@ -24,20 +25,22 @@ _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # the end-of-stream mark of Arrow's I
 _JSON = Decoder()
 
 
-def read_parquet(path: Path) -> Rows:
+def read_parquet(path: Path, version: Version | None = None) -> Rows:
     """One row a record, nested ones as they are."""
-    with open(path, "rb") as file:
+    with opened(path, version) as file:
         parquet = pyarrow.parquet.ParquetFile(
             file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
         )
         yield from _rows(path, parquet.schema_arrow, parquet.iter_batches(_BATCH, use_threads=False))
 
 
-def read_arrow(path: Path) -> Rows:
+def read_arrow(path: Path, version: Version | None = None) -> Rows:
     """The stream form of Arrow's IPC format, which `datasets` writes, and the file form."""
     with open(path, "rb") as file:  # this tells better than pyarrow why a file cannot be opened
         head = file.read(6)
+    require(path, version)
     with pyarrow.memory_map(str(path)) as source:
+        require(path, version)  # so that it is the same that was mapped
         if head == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))

@@ -17,6 +17,7 @@ from sft_lab.data import duplicates, pack, sources
 from sft_lab.data.batches import join, strategy
 from sft_lab.data.convert import Converter
 from sft_lab.data.prepared import Prepared
+from sft_lab.data.sources import Source
 from sft_lab.errors import RunError
 from sft_lab.schema import Config
 
@@ -55,17 +56,18 @@ def _converter(config: Config, data: Prepared) -> Converter:
 
 
 def _endless(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
+    known = _fingerprints(sources.training(config.data)[0])
     for number in itertools.count():
         empty = True
-        for row in _one_pass(config, converter, number):
+        for row in _one_pass(config, converter, number, known):
             empty = False
             yield row
         if empty:
             raise RunError(f"data.path={config.data.path}: no row of it is left to train on")
 
 
-def _one_pass(config: Config, converter: Converter, number: int) -> IterableDataset:
-    rows = IterableDataset.from_generator(_rows, gen_kwargs={"config": config, "converter": converter})
+def _one_pass(config: Config, converter: Converter, number: int, known: str = "") -> IterableDataset:
+    rows = IterableDataset.from_generator(_rows, gen_kwargs={"config": config, "converter": converter, "known": known})
     if strategy(config) == "sequential":
         return rows
     shuffled = rows.shuffle(seed=config.seed, buffer_size=config.data.shuffle_buffer)
@@ -73,8 +75,20 @@ def _one_pass(config: Config, converter: Converter, number: int) -> IterableData
     return shuffled
 
 
-def _rows(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
+def _fingerprints(source: Source) -> str:
+    return " ".join(place.fingerprint for place in source.places)
+
+
+def _rows(config: Config, converter: Converter, known: str) -> Iterator[dict[str, Any]]:
+    """
+    known: the fingerprints of its places in the pass before; empty in the first one.
+
+    Raises:
+        RunError: they are others now.
+    """
     (source,) = sources.training(config.data)
+    if known and _fingerprints(source) != known:
+        raise RunError(f"data.path={config.data.path}: changed while the run reads it")
     names = [place.name for place in source.places]
     raw = iter(source)
     while window := list(itertools.islice(raw, _WINDOW)):
@@ -95,6 +109,8 @@ def _rows(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
             if reason != "bad":
                 log.info("left out (%s) %s", reason, ", ".join(f"{names[place]}:{number}" for place, number in rows))
         yield from _packed(converted, config) if config.trainer.packing else converted
+    for read in source.places:
+        read.require_unchanged()
 
 
 def _packed(rows: list[dict[str, Any]], config: Config) -> Iterator[dict[str, Any]]:
