@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,11 @@ def possible_formats(format_name: str, columns: Mapping[str, str]) -> tuple[str,
     Raises:
         RowError: none has.
     """
+    return _possible_formats(format_name, tuple(columns))
+
+
+@functools.cache  # each row asks
+def _possible_formats(format_name: str, columns: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(FORMATS) if format_name == "auto" else (format_name,)
     known = {name: (*FORMATS[name].columns, *FORMATS[name].optional, _WEIGHT) for name in names}
     everything = list(dict.fromkeys(column for columns_of in known.values() for column in columns_of))

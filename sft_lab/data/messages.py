@@ -113,6 +113,10 @@ def _taken(message: Any, where: str, dialect: Dialect, unread: set[str]) -> tupl
     if calls and parts.calls:
         raise RowError(f"{where} has calls of tools in its parts and beside them (allowed: in one place)")
     calls = calls or parts.calls
+    read = {dialect.role, dialect.content, "tool_calls", "function_call", *SWITCHES, *_OF_ROLE.get(role, ())}
+    if left := message.keys() - read:
+        thought = bool(parts.thought) or any(holds(message.get(key)) for key in _THOUGHTS)
+        unread.update(check_unread(message, left, role, where, thought))
     if isinstance(content, list) or name == "function_call" or (content is None and calls):
         words = parts.words
     else:
@@ -126,9 +130,6 @@ def _taken(message: Any, where: str, dialect: Dialect, unread: set[str]) -> tupl
             raise RowError(f"{where} has tool_calls (allowed: on an assistant's)")
         clean["tool_calls"] = tool_calls(calls, where, unread)
     _add_what_the_role_has(clean, message, parts.thought, where)
-    read = {dialect.role, dialect.content, "tool_calls", "function_call", *SWITCHES, *_OF_ROLE.get(role, ())}
-    if left := message.keys() - read:
-        unread.update(check_unread(message, left, role, where, "reasoning_content" in clean))
     if parts.results and role == "tool" and words.strip():
         raise RowError(f"{said} has a tool_result and words beside it (allowed: one of them)")
     kept = [] if parts.results and not words.strip() else [clean]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,9 @@ class Unread:
 
     def count(self, columns: Iterable[str], keys: Iterable[str]) -> None:
         for counts, names in ((self.columns, columns), (self.keys, keys)):
-            counts.update(name for name in names if name in counts or len(counts) < _NAMES)
+            for name in names:
+                if name in counts or len(counts) < _NAMES:
+                    counts[name] += 1
 
     def add(self, other: Unread) -> None:
         self.columns.update(other.columns)
@@ -41,9 +43,8 @@ class Unread:
 
 # ----------------------------------------------------------------------------- names that change what a row teaches
 
-_SINGLE = ("prompt_completion", "alpaca", "question_answer")  # formats of one question and its answer
-_CHATS = ("messages", "sharegpt", *_SINGLE)
-_SHAREGPT = ("conversations",)
+# Of a column that holds a value, what refuses the row: by its name, the row, the format, and the columns that are read.
+_Rule = Callable[[str, Mapping[str, Any], str, Collection[str]], str | None]
 
 _PREFERRED = ("chosen", "chosen_messages", "chosen_response", "chosen_conversations")
 _REJECTED = ("rejected", "rejected_messages", "rejected_response", "rejected_conversations")
@@ -64,7 +65,8 @@ def _preference(name: str, row: Mapping[str, Any], format_: str, read: Collectio
         return None  # said twice, as in UltraFeedback
     chosen = next((name for name in _PREFERRED if holds(row.get(name))), None)
     way = f"data.columns={{{_mapped(chosen, row)}}} trains the chosen answer, " if chosen else ""
-    return f"is an answer of a preference row (DPO) that is not read (allowed: {way}{_ignoring(name)})"
+    both = ",".join(name for name in (*_PREFERRED, *_REJECTED) if holds(row.get(name)))
+    return f"is an answer of a preference row (DPO) that is not read (allowed: {way}{_ignoring(both)})"
 
 
 def _mapped(chosen: str, row: Mapping[str, Any]) -> str:
@@ -74,7 +76,7 @@ def _mapped(chosen: str, row: Mapping[str, Any]) -> str:
     role = (first.get("role") or first.get("from")) if isinstance(first, Mapping) else None
     if isinstance(answer, list) and role in ("system", "user", "human", "developer"):
         return f"messages: {chosen}" if first.get("role") else f"conversations: {chosen}"
-    for prompt in ("messages", *_SHAREGPT):
+    for prompt in ("messages", "conversations"):
         if role and holds(row.get(prompt)):
             return f"prompt: {prompt}, completion: {chosen}"
     name = next((name for name in ("output", "answer") if holds(row.get(name))), "completion")
@@ -140,20 +142,28 @@ def _token_weights(name: str, row: Mapping[str, Any], format_: str, read: Collec
 
 
 def _ignoring(name: str) -> str:
-    return f"data.ignore_columns=[{name}] takes the column for nothing"
+    return f"data.ignore_columns=[{name}] takes {'them' if ',' in name else 'it'} for nothing"
 
 
-_RULES = {
-    **{(form, name): _preference for form in (*_CHATS, "text") for name in (*_PREFERRED, *_REJECTED)},
-    **{(form, name): _bad_answer for form in _CHATS for name in _MARKS},
-    **{(form, name): _media for form in (*_CHATS, "text", "tokens") for name in _MEDIA},
-    **{(form, name): _words for form in _SINGLE for name in _AROUND},
-    **{(form, name): _words for form in ("messages", "sharegpt") for name in ("history", "documents")},
-    **{(form, name): _thought for form in _SINGLE for name in _THOUGHTS},
-    **{(form, name): _weight for form in (*_CHATS, "text") for name in _WEIGHTS},
-    **{(form, "chat_template"): _template for form in _CHATS},
-    **{("tokens", name): _packed for name in _PACKED},
-    **{("tokens", name): _token_weights for name in ("loss_weights", "loss_weight", "weights")},
+_ANY_CHAT: dict[str, _Rule] = {
+    **dict.fromkeys((*_PREFERRED, *_REJECTED), _preference),
+    **dict.fromkeys(_MEDIA, _media),
+    **dict.fromkeys(_WEIGHTS, _weight),
+    **dict.fromkeys(_MARKS, _bad_answer),
+    "chat_template": _template,
+}
+_LONG = {**_ANY_CHAT, **dict.fromkeys(("history", "documents"), _words)}
+_SHORT = {**_ANY_CHAT, **dict.fromkeys(_AROUND, _words), **dict.fromkeys(_THOUGHTS, _thought)}
+# By format, and in it by the name in lower case.
+_RULES: dict[str, dict[str, _Rule]] = {
+    **dict.fromkeys(("messages", "sharegpt"), _LONG),
+    **dict.fromkeys(("prompt_completion", "alpaca", "question_answer"), _SHORT),  # of one question and its answer
+    "text": {name: rule for name, rule in _ANY_CHAT.items() if rule in (_preference, _media, _weight)},
+    "tokens": {
+        **dict.fromkeys(_MEDIA, _media),
+        **dict.fromkeys(_PACKED, _packed),
+        **dict.fromkeys(("loss_weights", "loss_weight", "weights"), _token_weights),
+    },
 }
 
 
@@ -166,8 +176,9 @@ def check_columns(row: Mapping[str, Any], left: Collection[str], format_: str, r
         RowError: a value changes what the row teaches.
     """
     found = [name for name in row if name in left and holds(row[name])]
+    rules = _RULES[format_]
     for name in found:
-        rule = _RULES.get((format_, name.lower()))
+        rule = rules.get(name.lower())
         reason = rule(name, row, format_, read) if rule else None
         if reason:
             raise RowError(f"column {name} {reason}")

@@ -85,11 +85,13 @@ def present(row: Mapping[str, Any], key: str) -> bool:
 
 def holds(value: Any) -> bool:
     """Whether a value says anything: null, "" and what has nothing else inside are what Arrow and CSV pad rows with."""
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        return value != ""
+    if isinstance(value, dict):
         return any(map(holds, value.values()))
     if isinstance(value, list | tuple):
         return any(map(holds, value))
-    return value is not None and value not in ("", b"")
+    return value is not None and value != b""
 
 
 def kind(value: Any) -> str:
