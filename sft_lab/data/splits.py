@@ -115,7 +115,7 @@ def _infos(path: Path) -> Iterator[tuple[str, str]]:
 def _names(info: Any) -> Iterator[tuple[str, str]]:
     """The names of splits; a file of such a name is of that split."""
     splits = info.get("splits") if isinstance(info, dict) else None
-    for split in _listed(splits):
+    for split in list(splits) if isinstance(splits, dict) else _listed(splits):
         name = split.get("name") if isinstance(split, dict) else split
         if isinstance(name, str):
             yield name.lower(), name
@@ -124,7 +124,7 @@ def _names(info: Any) -> Iterator[tuple[str, str]]:
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
-    return list(value) if isinstance(value, list | dict) else [value]
+    return value if isinstance(value, list) else [value]
 
 
 # ------------------------------------------------------------------------------------------------- what to give instead
