@@ -273,7 +273,11 @@ def test_a_column_of_the_hub_that_nothing_reads_is_not_decoded(kind: Any, stream
             ("data.path=d",),
             "d: holds files of several splits (test, ",
         ),
-        ({"d/a.jsonl": [CHAT], "d/b.jsonl": [CHAT]}, ("data.path=d", "data.eval_path=d/b.jsonl"), "leak : 1 of 1 held"),
+        (
+            {"d/a.jsonl": [CHAT], "d/b.jsonl": [CHAT]},
+            ("data.path=d", "data.eval_path=d/b.jsonl"),
+            "1 of 1 held-out rows stand among the training rows",
+        ),
     ],
 )
 def test_plan_refuses_with_exit_code_2(
