@@ -7,7 +7,8 @@ stands for absent and is left out: a tool's parameters, a call's arguments, a me
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _BATCH = 16  # rows that are Python objects at a time; one may be of 10 MB
 _BUFFER = 1 << 20  # bytes of a Parquet column read ahead; without it the columns of a whole row group are in memory
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # the end-of-stream mark of Arrow's IPC format
 _JSON = Decoder()
+_Plain = Callable[[Any, list[str]], Any]
 
 
 def read_parquet(path: Path, version: Version | None = None) -> Rows:
@@ -70,18 +72,24 @@ def values(batch: pyarrow.RecordBatch) -> list[tuple[Any, str | None]]:
         batch.validate(full=True)  # what is damaged must not be followed: offsets, texts that are no UTF-8
         rows = batch.to_pylist()
         for field, column in zip(batch.schema, batch.columns, strict=True):
-            if _differs(field.type) or _has_null_member(column):
-                for number, row in enumerate(rows):
-                    dropped: list[str] = []
-                    row[field.name] = _plain(row[field.name], field.type, dropped, ())
-                    if dropped:
-                        rows[number] = NullsDropped(row)
+            plain = _plain(field.type) if _differs(field.type) or _has_null_member(column) else None
+            if plain is not None:
+                _replace(rows, field.name, plain)
     except (ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is a ValueError
         if batch.num_rows == 1:
             first_line = str(error).partition("\n")[0]
             return [(None, f"cannot be read ({first_line})")]
         return [row for place in range(batch.num_rows) for row in values(batch.slice(place, 1))]
     return [(row, None) for row in rows]
+
+
+def _replace(rows: list[dict[str, Any]], name: str, plain: _Plain) -> None:
+    for number, row in enumerate(rows):
+        dropped: list[str] = []
+        if row[name] is not None:
+            row[name] = plain(row[name], dropped)
+        if dropped:
+            rows[number] = NullsDropped(row)
 
 
 def _differs(kind: pyarrow.DataType) -> bool:
@@ -106,30 +114,48 @@ def _has_null_member(column: pyarrow.Array) -> bool:
 _CALL = ("arguments", "input")  # of a call, whose keys anybody may choose and whose values may be null
 
 
-def _plain(value: Any, kind: pyarrow.DataType, dropped: list[str], above: tuple[str, ...]) -> Any:
-    """A value as other files would give it: None for NaN, by which data frames mark what is missing; JSON decoded;
-    objects without the members that are null.
+@functools.cache
+def _plain(kind: pyarrow.DataType, in_call: bool = False) -> _Plain | None:
+    """What makes a value of this type what other files would give: None for NaN, by which data frames mark what is
+    missing; JSON decoded; objects without the members that are null. None where nothing is to be done.
 
-    above: names of the objects around it; where they are a call's arguments, names of nulls are added to `dropped`.
-
-    Raises:
-        ValueError: it is marked as JSON and is none.
+    It takes the value, never None, and a list to which it adds names of nulls in the arguments of calls. It raises
+    ValueError where a value is marked as JSON and is none.
     """
-    if isinstance(value, float):
-        return None if value != value else value
-    if isinstance(value, str) and isinstance(kind, pyarrow.JsonType):  # what `datasets` makes of mixed types
-        decoded, problem = _JSON.whole(value)
-        if problem:
-            raise ValueError(problem)
-        return decoded
+    types = pyarrow.types
+    if isinstance(kind, pyarrow.JsonType):  # what `datasets` makes of mixed types
+        return _decoded
     if isinstance(kind, pyarrow.BaseExtensionType):
-        return _plain(value, kind.storage_type, dropped, above)
-    if isinstance(value, dict) and pyarrow.types.is_struct(kind):
-        members = {field.name: _plain(value[field.name], field.type, dropped, (*above, field.name)) for field in kind}
-        kept = {name: member for name, member in members.items() if member is not None}
-        if len(kept) < len(members) and any(name in _CALL for name in above):
-            dropped += members.keys() - kept.keys()
-        return kept
-    if isinstance(value, list) and hasattr(kind, "value_type") and not pyarrow.types.is_dictionary(kind):
-        return [_plain(item, kind.value_type, dropped, above) for item in value]
-    return value
+        return _plain(kind.storage_type, in_call)
+    if types.is_floating(kind):
+        return lambda value, _: None if value != value else value
+    if types.is_struct(kind):
+        members = [(field.name, _plain(field.type, in_call or field.name in _CALL)) for field in kind]
+        return functools.partial(_members, members, in_call)
+    if hasattr(kind, "value_type") and not types.is_dictionary(kind) and not types.is_map(kind):
+        inner = _plain(kind.value_type, in_call)
+        if inner is not None:
+            return lambda value, dropped: [None if item is None else inner(item, dropped) for item in value]
+    return None
+
+
+def _members(
+    members: list[tuple[str, _Plain | None]], in_call: bool, value: dict[str, Any], dropped: list[str]
+) -> dict[str, Any]:
+    kept = {}
+    for name, plain in members:
+        member = value[name]
+        if member is not None and plain is not None:
+            member = plain(member, dropped)
+        if member is not None:
+            kept[name] = member
+        elif in_call:
+            dropped.append(name)
+    return kept
+
+
+def _decoded(value: Any, _: list[str]) -> Any:
+    decoded, problem = _JSON.whole(value)
+    if problem:
+        raise ValueError(problem)
+    return decoded
