@@ -162,14 +162,15 @@ def _prompt_completion(row: Mapping[str, Any], ignored: frozenset[str]) -> Examp
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return _chat(row, ignored, _question_and_answer(prompt, completion))
-    if isinstance(prompt, list) and isinstance(completion, Mapping):  # as preference data has its answers
-        completion = [completion]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        said = [*prompt, *completion]
-        shared = any(isinstance(message, Mapping) and present(message, "from") for message in said)
-        return _chat(row, ignored, said, _sharegpt_dialect(said) if shared else OPENAI, len(prompt))
+    if isinstance(prompt, list) and isinstance(completion, list | Mapping | str):
+        shared = any(isinstance(message, Mapping) and present(message, "from") for message in prompt)
+        dialect = _sharegpt_dialect(prompt) if shared else OPENAI
+        if isinstance(completion, str):
+            completion = {dialect.role: "assistant", dialect.content: completion}
+        answers = completion if isinstance(completion, list) else [completion]  # one alone, as preference data has it
+        return _chat(row, ignored, [*prompt, *answers], dialect, len(prompt))
     given = f"prompt is {kind(prompt)} and completion is {kind(completion)}"
-    raise RowError(f"{given} (allowed: two texts, or two lists of messages)")
+    raise RowError(f"{given} (allowed: two texts, two lists of messages, a list and one answer)")
 
 
 def _qa(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:

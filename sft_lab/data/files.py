@@ -119,6 +119,17 @@ def digest(path: Path) -> tuple[str, Version]:
         raise PreflightError(f"{path}: {_reason(path, error)}") from None
 
 
+def version(path: Path) -> Version:
+    """
+    Raises:
+        PreflightError: there is no such file, or it cannot be looked at.
+    """
+    try:
+        return Version.of(path)
+    except OSError as error:
+        raise PreflightError(f"{path}: {_reason(path, error)}") from None
+
+
 # ---------------------------------------------------------------------------------------------------------- places
 
 

@@ -79,7 +79,7 @@ def to_example(
     if isinstance(example, Conversation):
         keys = example.unread
         if found and "ends_with_user" in example.notes:
-            check_answer(row, found)
+            check_answer(row, name, found)
     if unread is not None and (found or keys or padded):
         unread.count(found, keys)
         unread.nulls += padded

@@ -138,7 +138,7 @@ def _file_places(path: str, streaming: bool = False) -> list[Place]:
 def _file(file: Path, streaming: bool) -> Place:
     """Of data that streams not every byte is read beforehand: its size and time stand for its contents."""
     if streaming:
-        version = Version.of(file)
+        version = files.version(file)
         fingerprint = f"{version.size}:{version.modified_ns}"
     else:
         fingerprint, version = files.digest(file)

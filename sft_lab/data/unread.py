@@ -77,7 +77,7 @@ def _mapped(chosen: str, row: Mapping[str, Any]) -> str:
     if isinstance(answer, list) and role in ("system", "user", "human", "developer"):
         return f"messages: {chosen}" if first.get("role") else f"conversations: {chosen}"
     for prompt in ("messages", "conversations"):
-        if role and holds(row.get(prompt)):
+        if holds(row.get(prompt)) and not holds(row.get("prompt")):
             return f"prompt: {prompt}, completion: {chosen}"
     name = next((name for name in ("output", "answer") if holds(row.get(name))), "completion")
     return f"{name}: {chosen}"
@@ -102,7 +102,7 @@ def _words(name: str, row: Mapping[str, Any], format_: str, read: Collection[str
     way = ""
     if format_ == "question_answer" and isinstance(value, str):
         way = f"data.columns={{instruction: question, input: {name}, output: answer}} puts it into the question, "
-    elif format_ == "prompt_completion" and isinstance(value, str):
+    elif format_ == "prompt_completion" and isinstance(value, str) and isinstance(row["prompt"], str):
         way = f"data.columns={{instruction: prompt, input: {name}, output: completion}} puts it into the question, "
     elif format_ == "alpaca" and "input" not in read and isinstance(value, str):
         way = f"data.columns={{input: {name}}} puts it into the question, "
@@ -119,6 +119,13 @@ def _weight(name: str, row: Mapping[str, Any], format_: str, read: Collection[st
     if row[name] in (1, "1"):
         return None
     return f"is {reprlib.repr(row[name])}, which is not read (allowed: 1, a column weight of 0 or 1, {_ignoring(name)})"
+
+
+def _switch(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    """Keys of messages, which one column would be for all of them; a number is a measurement."""
+    if row[name] is not (name.lower() == "masked"):
+        return None
+    return f"is {row[name]}, which is read of messages alone (allowed: a column weight of 0 or 1, {_ignoring(name)})"
 
 
 def _template(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
@@ -149,6 +156,7 @@ _ANY_CHAT: dict[str, _Rule] = {
     **dict.fromkeys((*_PREFERRED, *_REJECTED), _preference),
     **dict.fromkeys(_MEDIA, _media),
     **dict.fromkeys(_WEIGHTS, _weight),
+    **dict.fromkeys(("loss", "train", "training", "trainable", "masked"), _switch),
     **dict.fromkeys(_MARKS, _bad_answer),
     "chat_template": _template,
 }
@@ -158,7 +166,7 @@ _SHORT = {**_ANY_CHAT, **dict.fromkeys(_AROUND, _words), **dict.fromkeys(_THOUGH
 _RULES: dict[str, dict[str, _Rule]] = {
     **dict.fromkeys(("messages", "sharegpt"), _LONG),
     **dict.fromkeys(("prompt_completion", "alpaca", "question_answer"), _SHORT),  # of one question and its answer
-    "text": {name: rule for name, rule in _ANY_CHAT.items() if rule in (_preference, _media, _weight)},
+    "text": {name: rule for name, rule in _ANY_CHAT.items() if rule in (_preference, _media, _weight, _switch)},
     "tokens": {
         **dict.fromkeys(_MEDIA, _media),
         **dict.fromkeys(_PACKED, _packed),
@@ -185,7 +193,7 @@ def check_columns(row: Mapping[str, Any], left: Collection[str], format_: str, r
     return found
 
 
-def check_answer(row: Mapping[str, Any], found: list[str]) -> None:
+def check_answer(row: Mapping[str, Any], format_: str, found: list[str]) -> None:
     """Of a conversation that ends with a question: that no column has its answer.
 
     Raises:
@@ -193,9 +201,10 @@ def check_answer(row: Mapping[str, Any], found: list[str]) -> None:
     """
     for name in found:
         if name.lower() in _ANSWERS:
+            prompt = "messages" if format_ == "messages" else "conversations" if format_ == "sharegpt" else "prompt"
             raise RowError(
                 f"the conversation ends without an answer and column {name}, which is not read, holds one (allowed: "
-                f"data.columns={{prompt: ..., completion: {name}}}, {_ignoring(name)})"
+                f"data.columns={{prompt: {prompt}, completion: {name}}}, {_ignoring(name)})"
             )
 
 

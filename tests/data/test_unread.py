@@ -65,6 +65,8 @@ def test_harmless_columns_are_named_where_they_hold_a_value(row: dict[str, Any])
         {"documents": ["A basket of pears."]},
         {"loss_weight": 0.5},
         {"loss_mask": 0},
+        {"loss": False},
+        {"masked": True},
         {"chat_template": "{{ messages }}"},
     ],
 )
@@ -88,7 +90,8 @@ def test_a_name_that_changes_what_a_row_teaches_is_refused_or_taken_for_nothing(
         {"text": "Good film.", "label": 0},
         {**CHAT, "chosen": [USER, ASSISTANT], "rejected": [USER, BAD]},  # said twice, as in UltraFeedback
         {**CHAT, "images": [None], "image": {"bytes": None, "path": None}},
-        {**PAIR, "loss_weight": 1.0},
+        {**PAIR, "loss_weight": 1.0, "train": True, "masked": False},
+        {**PAIR, "loss": 0.0},
         {**CHAT, "context": "a basket"},  # the messages have what the author put there
         {"prompt": "In a basket of pears: name a fruit", "completion": "Pear", "context": "a basket of pears"},
         {**QA, "choices": ["fruit", "a"]},
@@ -113,7 +116,12 @@ def test_the_same_names_with_harmless_values_train(row: dict[str, Any]) -> None:
         ({"prompt": "Hi", "chosen": "Pear", "rejected": "Granite"}, "data.columns={completion: chosen}"),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, BAD]}, "data.columns={messages: chosen}"),
         ({"messages": [USER], "chosen": ASSISTANT}, "data.columns={prompt: messages, completion: chosen}"),
-        ({"messages": [USER, ASSISTANT, USER], "response": "Plum"}, "data.columns={prompt: ..., completion: response}"),
+        ({"messages": [USER], "chosen": "Pear"}, "data.columns={prompt: messages, completion: chosen}"),
+        ({**LISTS, "context": "Pears."}, "(allowed: data.ignore_columns=[context]"),
+        (
+            {"messages": [USER, ASSISTANT, USER], "response": "Plum"},
+            "data.columns={prompt: messages, completion: response}",
+        ),
     ],
 )
 def test_a_refusal_says_the_way_out(row: dict[str, Any], way: str) -> None:
@@ -128,6 +136,11 @@ def test_a_refusal_says_the_way_out(row: dict[str, Any], way: str) -> None:
         ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [BAD]}, {"completion": "chosen"}),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, BAD]}, {"messages": "chosen"}),
         ({"messages": [USER], "chosen": ASSISTANT, "rejected": BAD}, {"prompt": "messages", "completion": "chosen"}),
+        ({"messages": [USER, ASSISTANT, USER], "response": "Plum"}, {"prompt": "messages", "completion": "response"}),
+        (
+            {"conversations": SHAREGPT["conversations"][:1], "chosen": "Pear"},
+            {"prompt": "conversations", "completion": "chosen"},
+        ),
         (
             {"conversations": SHAREGPT["conversations"][:1], "chosen": SHAREGPT["conversations"][1], "rejected": BAD},
             {"prompt": "conversations", "completion": "chosen"},
