@@ -9,6 +9,7 @@ import numpy as np
 
 from sft_lab import evaluate
 from sft_lab.data.prepared import Prepared
+from sft_lab.data.values import listed
 from sft_lab.schema import Config
 
 _LISTED = 100  # ids of rows that show a finding; where rows were left out or changed, all are listed
@@ -50,6 +51,7 @@ def of_data(config: Config, data: Prepared, report: Report) -> None:
     """Add every finding that the rows, their tokens and the template show."""
     _rows(config, data, report)
     _peculiar_rows(data, report)
+    _unread(data, report)
     _duplicates_and_leaks(config, data, report)
     _tokens(data, report)
     _template(data, report)
@@ -135,6 +137,10 @@ _NOTES = {
     "unknown_token": ("warning", "rows learn the unknown token, for characters that the tokenizer does not have"),
     "prompt_tokens_differ": ("warning", "rows have a prompt that is cut into other tokens than it is when alone"),
     "text": ("fact", "rows are plain text, all of it learned"),
+    "asks_for_loss": (
+        "warning",
+        "rows ask for loss on a turn that is not the assistant's, which data.loss=all alone learns",
+    ),
 }
 
 
@@ -158,6 +164,23 @@ def _peculiar_rows(data: Prepared, report: Report) -> None:
     if len(silent):
         ids = [data.row_id(data.train[int(i)]) for i in silent[:_LISTED]]
         report.add("no_supervised_token", "error", f"{len(silent)} rows carry no loss", ids)
+
+
+def _unread(data: Prepared, report: Report) -> None:
+    """What the rows hold and nothing reads."""
+    for name, what in (("unread_columns", "columns"), ("unread_message_keys", "keys of messages")):
+        counts: dict[str, int] = data.facts.get(name, {})
+        if counts:
+            most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            told = listed(f"{word} ({count} rows)" for word, count in most)
+            report.add(name, "fact", f"{what} that nothing reads: {told}")
+    if count := data.facts.get("null_arguments", 0):
+        report.add(
+            "null_arguments",
+            "fact",
+            f"{count} rows have calls with arguments that are null, taken as absent: Arrow writes null for each that "
+            "another row's call has (a .jsonl file says which are meant)",
+        )
 
 
 def _duplicates_and_leaks(config: Config, data: Prepared, report: Report) -> None:

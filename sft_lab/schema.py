@@ -86,6 +86,7 @@ class LocationConfig:
     revision: str = "main"
     format: str = _choice("auto", *FORMATS)
     columns: dict[str, str] = field(default_factory=dict)  # {our column: the data's}; a.0.b leads into nested ones
+    ignore_columns: list[str] = field(default_factory=list)  # columns, and keys of messages, that count as absent
 
 
 @dataclass

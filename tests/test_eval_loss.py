@@ -39,7 +39,9 @@ def mixture_of_experts(folder: Path, family: str) -> str:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.resolve("embedded:tiny_llama"))
-    more = {"intermediate_size": 32} if family != "qwen3_moe" else {"intermediate_size": 64, "moe_intermediate_size": 32}
+    more = (
+        {"intermediate_size": 32} if family != "qwen3_moe" else {"intermediate_size": 64, "moe_intermediate_size": 32}
+    )
     torch.manual_seed(0)
     config = getattr(transformers, MOE[family])(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -102,7 +104,12 @@ def test_it_is_the_cross_entropy_whatever_is_trained(main: Callable[..., Any], r
 @pytest.mark.parametrize("family", MOE)
 def test_the_loss_of_routers_is_no_part_of_it(main: Callable[..., Any], rows: Path, family: str) -> None:
     path = mixture_of_experts(rows / "model", family)
-    words = ("model=from_path", f"model.path={path}", "peft.target_modules=[q_proj,v_proj]", "trainer.learning_rate=1e-9")
+    words = (
+        "model=from_path",
+        f"model.path={path}",
+        "peft.target_modules=[q_proj,v_proj]",
+        "trainer.learning_rate=1e-9",
+    )
     losses = [
         json.loads(trained(main, *words, *more, name=name).result.read_text())["metrics"]["eval_loss"]
         for name, *more in (

@@ -24,6 +24,7 @@ from sft_lab.data.sources import RawRow
 from sft_lab.data.spans import ContextError
 from sft_lab.data.template import Template
 from sft_lab.data.tokenize import IGNORE, Encoded
+from sft_lab.data.unread import Unread
 from sft_lab.schema import DataConfig
 
 _CHUNK = 500  # rows
@@ -63,6 +64,7 @@ class Account:
     too_long: list[tuple[int, int, str]] = field(default_factory=list)
     shortened: dict[str, list[RowName]] = field(default_factory=dict)  # by truncate or split
     leaks: list[tuple[int, int, int, str]] = field(default_factory=list)  # place, number, held-out row, exact or near
+    unread: Unread = field(default_factory=Unread)
 
     @property
     def counted(self) -> dict[str, int]:
@@ -76,6 +78,7 @@ class Account:
         self.bad += other.bad[: max(_LISTED - len(self.bad), 0)]
         self.too_long += other.too_long
         self.leaks += other.leaks
+        self.unread.add(other.unread)
         for mine, theirs in ((self.dropped, other.dropped), (self.shortened, other.shortened)):
             for reason, rows in theirs.items():
                 mine.setdefault(reason, []).extend(rows)
@@ -91,6 +94,7 @@ class Converter:
     template: Template
     format: str
     columns: dict[str, str]
+    ignored: frozenset[str] = frozenset()  # columns, and keys of messages, that count as absent
     held_out: bool = False  # with prompt_ids and reference, for generation, and text, to find leaks
     leaks: duplicates.Leaks | None = None
     signatures: bool = False  # to find near duplicates
@@ -127,7 +131,7 @@ class Converter:
             raise RowError("nested too deeply") from None
 
     def _parts(self, row: RawRow, account: Account) -> list[dict[str, Any]]:
-        example = formats.to_example(row.value, self.format, self.columns)
+        example = formats.to_example(row.value, self.format, self.columns, self.ignored, account.unread)
         text = formats.text_of(example, system=False, thoughts=False)
         whole = duplicates.digest(formats.text_of(example))
         more: dict[str, Any] = {"digest": whole, "answer": duplicates.digest(_answer(example, text))}

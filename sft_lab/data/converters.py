@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sft_lab.data.messages import OPENAI, Conversation, Dialect, Message, conversation
-from sft_lab.data.values import RowError, from_json, kind, non_empty_list, present, text
+from sft_lab.data.tool_calls import declared
+from sft_lab.data.values import RowError, from_json, holds, json_object, kind, non_empty_list, present, text
 
 NO_LOSS = -100  # a label without loss, as in torch.nn.CrossEntropyLoss
 
@@ -32,15 +33,86 @@ Example = Conversation | Text | Tokens
 
 
 class Format(NamedTuple):
-    """The columns that a row must have, what makes an example of it, and the columns that it may have."""
+    """The columns that a row must have, what makes an example of it, and the columns that it may have.
+
+    convert: of a row, and the keys of its messages that count as absent.
+    """
 
     columns: tuple[str, ...]
-    convert: Callable[[Mapping[str, Any]], Example]
+    convert: Callable[[Mapping[str, Any], frozenset[str]], Example]
     optional: tuple[str, ...] = ()
 
 
-def _messages(row: Mapping[str, Any]) -> Example:
-    return conversation(non_empty_list(row["messages"], "messages"), row.get("tools"))
+# ---------------------------------------------------------------------------------------------------- conversations
+
+# What every conversation may have beside its messages; the first of each name that holds a value counts.
+_SYSTEM = ("system", "system_prompt", "system_message")
+_TOOLS = ("tools", "functions")
+_KWARGS, _THINKING = "chat_template_kwargs", "enable_thinking"  # TRL reads the first, verl the second
+BESIDE = (*_TOOLS, *_SYSTEM, _KWARGS, _THINKING)
+_BESIDE = frozenset(BESIDE)  # quicker to compare a row with
+_NO_VARIABLES = {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+
+
+def _chat(
+    row: Mapping[str, Any],
+    ignored: frozenset[str],
+    messages: list[Any],
+    dialect: Dialect = OPENAI,
+    prompt: int | None = None,
+) -> Conversation:
+    """The conversation of these messages and of what the row has beside them."""
+    result = conversation(messages, None, dialect, prompt, ignored)
+    if not _BESIDE.isdisjoint(row):
+        name, tools = _one_of(row, _TOOLS)
+        result.tools = declared(tools, name)
+        _put_system_first(result, *_one_of(row, _SYSTEM))
+        result.template_kwargs = _template_kwargs(row)
+    return result
+
+
+def _one_of(row: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
+    """The column of these that holds a value, and the value.
+
+    Raises:
+        RowError: two of them hold different ones.
+    """
+    found = {name: row[name] for name in names if holds(row.get(name))}
+    for name in list(found)[1:]:
+        if found[name] != next(iter(found.values())):
+            raise RowError(f"{' and '.join(found)} hold different values (allowed: one of them, or the same)")
+    return next(iter(found.items()), (names[0], None))
+
+
+def _put_system_first(result: Conversation, name: str, system: Any) -> None:
+    if system is None:
+        return
+    words, first = text(system, name), result.messages[0]
+    if first["role"] == "system":
+        if first["content"] != words:
+            raise RowError(f"message 1 is a system message and the column {name} has another one")
+        return
+    result.messages.insert(0, {"role": "system", "content": words})
+    result.completion_from += 1
+
+
+def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of the chat template that the row sets."""
+    kwargs = json_object(row[_KWARGS], _KWARGS) if row.get(_KWARGS) not in (None, "") else {}
+    if wrong := sorted(_NO_VARIABLES & kwargs.keys()):
+        raise RowError(f"{_KWARGS} sets {', '.join(wrong)} (allowed: variables of the chat template's own)")
+    thinking = row.get(_THINKING)
+    if thinking in (None, ""):
+        return kwargs
+    if not isinstance(thinking, bool):
+        raise RowError(f"{_THINKING} is {reprlib.repr(thinking)} (allowed: true, false)")
+    if kwargs.setdefault(_THINKING, thinking) != thinking:
+        raise RowError(f"{_THINKING} is {thinking} and {_KWARGS} has another one")
+    return kwargs
+
+
+def _messages(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
+    return _chat(row, ignored, non_empty_list(row["messages"], "messages"))
 
 
 _SHAREGPT_ROLES = {
@@ -51,36 +123,22 @@ _SHAREGPT_ROLES = {
 }
 
 
-def _sharegpt(row: Mapping[str, Any]) -> Example:
+def _sharegpt(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
     said = non_empty_list(row["conversations"], "conversations")
-    keys = (
-        ("role", "content") if any(isinstance(m, Mapping) and present(m, "role") for m in said) else ("from", "value")
-    )
-    result = conversation(said, row.get("tools"), Dialect(*keys, _SHAREGPT_ROLES))
-    _put_system_first(result, row.get("system"))
-    return result
+    return _chat(row, ignored, said, _sharegpt_dialect(said))
 
 
-def _put_system_first(result: Conversation, system: Any) -> None:
-    if system in (None, ""):
-        return
-    message = {"role": "system", "content": text(system, "system")}
-    if result.messages[0] == message:
-        return
-    if result.messages[0]["role"] == "system":
-        raise RowError("message 1 is a system message and the column system has another one")
-    result.messages.insert(0, message)
-    result.completion_from += 1
+def _sharegpt_dialect(said: list[Any]) -> Dialect:
+    roles = any(isinstance(message, Mapping) and present(message, "role") for message in said)
+    return Dialect(*(("role", "content") if roles else ("from", "value")), _SHAREGPT_ROLES)
 
 
-def _alpaca(row: Mapping[str, Any]) -> Example:
+def _alpaca(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
     parts = [text(row["instruction"], "instruction")]
     if row.get("input") not in (None, ""):
         parts.append(text(row["input"], "input"))
     turns = [*_history(row.get("history")), ("\n\n".join(parts), text(row["output"], "output"))]
-    result = conversation([message for turn in turns for message in _question_and_answer(*turn)])
-    _put_system_first(result, row.get("system"))
-    return result
+    return _chat(row, ignored, [message for turn in turns for message in _question_and_answer(*turn)])
 
 
 def _history(history: Any) -> list[tuple[str, str]]:
@@ -100,30 +158,39 @@ def _question_and_answer(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Example:
+def _prompt_completion(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return conversation(_question_and_answer(prompt, completion), row.get("tools"))
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return conversation([*prompt, *completion], row.get("tools"), prompt=len(prompt))
+        return _chat(row, ignored, _question_and_answer(prompt, completion))
+    if isinstance(prompt, list) and isinstance(completion, list | Mapping | str):
+        shared = any(isinstance(message, Mapping) and present(message, "from") for message in prompt)
+        dialect = _sharegpt_dialect(prompt) if shared else OPENAI
+        if isinstance(completion, str):
+            completion = {dialect.role: "assistant", dialect.content: completion}
+        answers = completion if isinstance(completion, list) else [completion]  # one alone, as preference data has it
+        return _chat(row, ignored, [*prompt, *answers], dialect, len(prompt))
     given = f"prompt is {kind(prompt)} and completion is {kind(completion)}"
-    raise RowError(f"{given} (allowed: two texts, or two lists of messages)")
+    raise RowError(f"{given} (allowed: two texts, two lists of messages, a list and one answer)")
 
 
-def _qa(row: Mapping[str, Any]) -> Example:
-    return conversation(_question_and_answer(text(row["question"], "question"), text(row["answer"], "answer")))
+def _qa(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
+    said = _question_and_answer(text(row["question"], "question"), text(row["answer"], "answer"))
+    return _chat(row, ignored, said)
 
 
-def _plain_text(row: Mapping[str, Any]) -> Example:
+# ------------------------------------------------------------------------------------------------- texts and tokens
+
+
+def _plain_text(row: Mapping[str, Any], _: frozenset[str]) -> Example:
     if not text(row["text"], "text").strip():
         raise RowError("text is blank, so there is nothing to learn from it")
     return Text(row["text"])
 
 
-_MASKS = ("completion_mask", "assistant_masks")
+_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 
 
-def _tokens(row: Mapping[str, Any]) -> Example:
+def _tokens(row: Mapping[str, Any], _: frozenset[str]) -> Example:
     ids = non_empty_list(row["input_ids"], "input_ids")
     for i, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < 2**31:  # bool is an int, too
@@ -162,10 +229,10 @@ def _as_many(row: Mapping[str, Any], column: str, ids: list[int]) -> list[Any]:
 # text is often what a conversation beside it was rendered to.
 FORMATS: dict[str, Format] = {
     "tokens": Format(("input_ids",), _tokens, ("labels", *_MASKS, "attention_mask")),
-    "messages": Format(("messages",), _messages, ("tools",)),
-    "sharegpt": Format(("conversations",), _sharegpt, ("tools", "system")),
-    "prompt_completion": Format(("prompt", "completion"), _prompt_completion, ("tools",)),
-    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system", "history")),
-    "question_answer": Format(("question", "answer"), _qa),
+    "messages": Format(("messages",), _messages, BESIDE),
+    "sharegpt": Format(("conversations",), _sharegpt, BESIDE),
+    "prompt_completion": Format(("prompt", "completion"), _prompt_completion, BESIDE),
+    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "history", *BESIDE)),
+    "question_answer": Format(("question", "answer"), _qa, BESIDE),
     "text": Format(("text",), _plain_text),
 }

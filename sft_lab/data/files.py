@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,10 +20,12 @@ from typing import Any
 import pyarrow
 
 from sft_lab.data.columnar_files import read_arrow, read_parquet
+from sft_lab.data.splits import require_one_split
 from sft_lab.data.text_files import Rows, read_csv, read_json, read_jsonl, read_txt
+from sft_lab.data.unchanged import Version, require
 from sft_lab.errors import PreflightError
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
+_READERS: dict[str, Callable[[Path, Version | None], Rows]] = {
     ".jsonl": read_jsonl,
     ".jsonl.gz": read_jsonl,
     ".json": read_json,
@@ -45,7 +48,8 @@ def files_of(path: str) -> list[Path]:
     Of a directory: all files of a known kind below it, hidden ones left out; where `datasets` saved it, its data only.
 
     Raises:
-        PreflightError: it is none of them, holds no file of a known kind, or cannot be looked into.
+        PreflightError: it is none of them, holds no file of a known kind, files of several splits, or cannot be looked
+            into.
     """
     place = Path(path).expanduser()
     try:
@@ -53,12 +57,15 @@ def files_of(path: str) -> list[Path]:
             found = _files_below(place)
             if not found:
                 raise PreflightError(f"{path}: a directory without a file of a known kind (allowed: {KINDS})")
+            require_one_split(path, place, found)
             return found
         if not place.exists() and any(sign in path for sign in "*?["):
             matches = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207  Path's is relative only
             found = sorted(match for match in matches if match.is_file())
             if not found:
                 raise PreflightError(f"{path}: no file matches (allowed: {KINDS})")
+            fixed = itertools.takewhile(lambda part: not any(sign in part for sign in "*?["), place.parts[:-1])
+            require_one_split(path, Path(*fixed), found)
         elif place.exists():
             found = [place]
         else:
@@ -70,15 +77,15 @@ def files_of(path: str) -> list[Path]:
     return found
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path, version: Version | None = None) -> Rows:
     """Every row of a file as (number from 1, value, problem), lazily; value is None where there is a problem.
 
     Raises:
-        PreflightError: while reading; it is missing, of no known kind, empty, or broken as a whole.
+        PreflightError: while reading; it is missing, of no known kind, empty, broken as a whole, or of another version.
     """
     number = 0
     try:
-        with closing(_reader(path)(path)) as rows:
+        with closing(_reader(path)(path, version)) as rows:
             for number, value, problem in rows:
                 yield number, value, problem
     except (
@@ -96,14 +103,31 @@ def read_file(path: Path) -> Rows:
 
 def fingerprint(paths: Sequence[Path]) -> str:
     """The sha256 of a file's bytes, as `sha256sum` gives it; of several files the sha256 of their sha256s, in order."""
-    digests = []
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        except OSError as error:
-            raise PreflightError(f"{path}: {_reason(path, error)}") from None
+    digests = [digest(path)[0] for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def digest(path: Path) -> tuple[str, Version]:
+    """The sha256 of a file's bytes, and the version of the file that has it."""
+    try:
+        with open(path, "rb") as file:
+            version = Version.of(file)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            require(path, version, file)
+            return found, version
+    except OSError as error:
+        raise PreflightError(f"{path}: {_reason(path, error)}") from None
+
+
+def version(path: Path) -> Version:
+    """
+    Raises:
+        PreflightError: there is no such file, or it cannot be looked at.
+    """
+    try:
+        return Version.of(path)
+    except OSError as error:
+        raise PreflightError(f"{path}: {_reason(path, error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- places
@@ -145,7 +169,7 @@ def _ending(path: Path) -> str | None:
     return next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
 
 
-def _reader(path: Path) -> Callable[[Path], Rows]:
+def _reader(path: Path) -> Callable[[Path, Version | None], Rows]:
     ending = _ending(path)
     if ending is None:
         near = difflib.get_close_matches(path.suffix.lower(), _READERS, n=1, cutoff=0.7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from typing import Any
 
 from sft_lab.data.converters import FORMATS, Example, Format, Text, Tokens
 from sft_lab.data.messages import Conversation, Message
-from sft_lab.data.values import RowError, kind, listed, nearest, present
+from sft_lab.data.unread import Unread, check_answer, check_columns, preference_hint
+from sft_lab.data.values import NullsDropped, RowError, kind, listed, nearest, present
 
 __all__ = [
     "FORMATS",
@@ -30,17 +32,26 @@ __all__ = [
 
 FORMAT_NAMES = ("auto", *FORMATS)  # what the config may choose
 _WEIGHT = "weight"  # a row may have it in every format
+_READ = {name: frozenset((*form.columns, *form.optional, _WEIGHT)) for name, form in FORMATS.items()}
 
 
 class LeftOut(Exception):
     """A row that its own data takes out of training; the text is a reason word, such as weight_0."""
 
 
-def to_example(row: Any, format_name: str = "auto", columns: Mapping[str, str] = {}) -> Example:
+def to_example(
+    row: Any,
+    format_name: str = "auto",
+    columns: Mapping[str, str] = {},
+    ignored: frozenset[str] = frozenset(),
+    unread: Unread | None = None,
+) -> Example:
     """What a row says, in the format of that name, or with `auto` the first one that its columns fit.
 
     columns: names of a format's columns and where the row has them, a column or a dotted path such as
     `instances.0.output`. Other columns stay available under their own names.
+    ignored: columns, and keys of messages, that count as absent.
+    unread: where to count the columns and the keys of messages that nothing reads.
 
     Raises:
         RowError: the row lacks a column, or what it has cannot be trained on.
@@ -49,15 +60,30 @@ def to_example(row: Any, format_name: str = "auto", columns: Mapping[str, str] =
     if not isinstance(row, Mapping):
         raise RowError(f"a {kind(row)} where an object was expected")
     names = possible_formats(format_name, columns)
-    if columns:
-        row = {**row, **{column: _at(row, path, column) for column, path in columns.items()}}
+    padded = isinstance(row, NullsDropped)
+    if columns or ignored:
+        mapped = {column: _at(row, path, column) for column, path in columns.items()}
+        row = {**{name: value for name, value in row.items() if name not in ignored}, **mapped}
     _check_weight(row.get(_WEIGHT))
     name = detect(row, names) if format_name == "auto" else format_name
     for column in FORMATS[name].columns:
         if column not in row:
             has = f"format {name} has {', '.join(FORMATS[name].columns)}, the row {listed(row)}"
             raise RowError(f"no column {column!r} ({has}{nearest(column, row)})")
-    return FORMATS[name].convert(row)
+    left = row.keys() - _READ[name]
+    if columns:  # what is mapped is read where it comes from
+        left -= {path if path in row else path.partition(".")[0] for path in columns.values()}
+    found = check_columns(row, left, name, row.keys() - left) if left else []
+    example = FORMATS[name].convert(row, ignored)
+    keys: set[str] = set()
+    if isinstance(example, Conversation):
+        keys = example.unread
+        if found and "ends_with_user" in example.notes:
+            check_answer(row, name, found)
+    if unread is not None and (found or keys or padded):
+        unread.count(found, keys)
+        unread.nulls += padded
+    return example
 
 
 def text_of(example: Example, system: bool = True, thoughts: bool = True) -> str:
@@ -104,6 +130,11 @@ def possible_formats(format_name: str, columns: Mapping[str, str]) -> tuple[str,
     Raises:
         RowError: none has.
     """
+    return _possible_formats(format_name, tuple(columns))
+
+
+@functools.cache  # each row asks
+def _possible_formats(format_name: str, columns: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(FORMATS) if format_name == "auto" else (format_name,)
     known = {name: (*FORMATS[name].columns, *FORMATS[name].optional, _WEIGHT) for name in names}
     everything = list(dict.fromkeys(column for columns_of in known.values() for column in columns_of))
@@ -133,7 +164,7 @@ def detect(row: Mapping[str, Any], names: Sequence[str] = ()) -> str:
                 return name
     wanted = [column for name in names for column in FORMATS[name].columns if column not in row]
     hints = (nearest(column, wanted, cutoff=0.75) for column in row)  # looser, `content` would be near `conversations`
-    hint = next(filter(None, hints), "; data.columns maps other names to these")
+    hint = preference_hint(row) or next(filter(None, hints), "; data.columns maps other names to these")
     raise RowError(f"columns {listed(row)} fit no format ({_overview(names)}{hint})")
 
 

@@ -3,8 +3,8 @@
 A message is `{"role": ..., "content": ...}` with role system, user, assistant or tool and a text as content. It may
 have `"weight": 0` (no loss on it), an assistant's also `tool_calls` and `reasoning_content`, a tool's also `name` and
 `tool_call_id`.
-Files read through Arrow give every absent field of an object as null, so null stands for absent wherever a key is
-optional. Inside the arguments of a call and the parameters of a tool nulls are data and stay.
+Null stands for absent wherever a key is optional. Inside the arguments of a call and the parameters of a tool nulls are
+data and stay; those that Arrow writes there for what is absent are gone by now (`columnar_files`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from sft_lab.data.values import RowError, from_json, json_object, kind, listed, nearest, non_empty_list, present, text
+from sft_lab.data.parts import Parts, read_parts
+from sft_lab.data.switches import SWITCHES, asks, check_unread, learned
+from sft_lab.data.tool_calls import calls_of, declared, one_or_more, tool_calls
+from sft_lab.data.values import RowError, holds, kind, listed, nearest, present, text
 
 Message = dict[str, Any]
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # one thing, by the names that data sets have for it
@@ -30,6 +33,7 @@ class Conversation:
     completion_from: index of the first message that belongs to the completion.
     template_kwargs: what the row gives the chat template, such as enable_thinking.
     notes: names of what is peculiar about it, each at most once (see `_notes`).
+    unread: names of the messages' keys that hold a value and that nothing reads.
     """
 
     messages: list[Message]
@@ -37,6 +41,7 @@ class Conversation:
     completion_from: int = 0
     notes: list[str] = field(default_factory=list)
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
 
 
 class Dialect(NamedTuple):
@@ -52,145 +57,103 @@ OPENAI = Dialect("role", "content", {**{role: role for role in ROLES}, "develope
 
 
 def conversation(
-    messages: list[Any], tools: Any = None, dialect: Dialect = OPENAI, prompt: int | None = None
+    messages: list[Any],
+    tools: Any = None,
+    dialect: Dialect = OPENAI,
+    prompt: int | None = None,
+    ignored: frozenset[str] = frozenset(),
 ) -> Conversation:
     """A conversation of a row's messages, of which the first `prompt` are given to the model and not learned.
+
+    ignored: keys of messages that count as absent.
 
     Raises:
         RowError: naming the message, counted from 1, that cannot be taken.
     """
-    clean = [_message(message, f"message {number}", dialect) for number, message in enumerate(messages, start=1)]
-    for message in clean[:prompt] if prompt else []:
+    clean: list[Message] = []
+    unread: set[str] = set()
+    given = None
+    asked = False  # for loss on a turn that is not the assistant's
+    for number, message in enumerate(messages, start=1):
+        if number - 1 == prompt:
+            given = len(clean)
+        if ignored and isinstance(message, Mapping):
+            message = {key: value for key, value in message.items() if key not in ignored}
+        taken, asks_loss = _taken(message, f"message {number}", dialect, unread)
+        clean += taken
+        asked |= asks_loss
+    given = len(clean) if prompt == len(messages) else given
+    for message in clean[:given] if given else []:
         if message["role"] == "assistant":
             message["weight"] = 0
     _check_order(clean)
     _check_learned(clean, prompt)
-    start = _completion_start(clean) if prompt is None else prompt
-    return Conversation(clean, _tools(tools), start, _notes(clean))
+    start = _completion_start(clean) if given is None else given
+    notes = _notes(clean) + ["asks_for_loss"] * asked
+    return Conversation(clean, declared(tools), start, notes, unread=unread)
 
 
-def _message(message: Any, where: str, dialect: Dialect) -> Message:
+def _taken(message: Any, where: str, dialect: Dialect, unread: set[str]) -> tuple[list[Message], bool]:
+    """A message as one of ours, behind the results of tools that it brings; and whether it asks for loss in vain."""
     if not isinstance(message, Mapping):
         raise RowError(f"{where} is {kind(message)} where an object was expected")
     for key in (dialect.role, dialect.content):
-        if key not in message and not (key == dialect.content and _calls_of(message)):
+        if key not in message and not (key == dialect.content and calls_of(message)):
             raise RowError(f"{where} has no {key!r} (it has {listed(message)}{nearest(key, message)})")
     name, content = message[dialect.role], message.get(dialect.content)
     role = dialect.roles.get(name) if isinstance(name, str) else None
     if role is None:
         hint = f"{', '.join(dialect.roles)}{nearest(name, dialect.roles)}"
         raise RowError(f"{where} has {dialect.role} {reprlib.repr(name)} (allowed: {hint})")
-    if name == "function_call":
-        calls, content = _one_or_more(content, f"{where}: {name}"), None
+    if len(message) == 2 and isinstance(content, str) and name != "function_call":  # as nearly all are
+        return [{"role": role, "content": content}], False
+    said = f"{where}: {dialect.content}"
+    parts = read_parts(content, said, role, unread) if isinstance(content, list) else Parts()
+    calls = [*one_or_more(content, f"{where}: {name}")] if name == "function_call" else calls_of(message)
+    if calls and parts.calls:
+        raise RowError(f"{where} has calls of tools in its parts and beside them (allowed: in one place)")
+    calls = calls or parts.calls
+    read = {dialect.role, dialect.content, "tool_calls", "function_call", *SWITCHES, *_OF_ROLE.get(role, ())}
+    if left := message.keys() - read:
+        thought = bool(parts.thought) or any(holds(message.get(key)) for key in _THOUGHTS)
+        unread.update(check_unread(message, left, role, where, thought))
+    if isinstance(content, list) or name == "function_call" or (content is None and calls):
+        words = parts.words
     else:
-        calls = _calls_of(message)
-    words = "" if content is None and calls else _content(content, f"{where}: {dialect.content}")
+        words = text(content, said)
     clean: Message = {"role": role, "content": words}
-    if not _weight(message, where):
+    learn = learned(message, where)
+    if learn is False:
         clean["weight"] = 0
     if calls:
         if role != "assistant":
             raise RowError(f"{where} has tool_calls (allowed: on an assistant's)")
-        clean["tool_calls"] = _tool_calls(calls, where)
-    thought = next((message[key] for key in _THOUGHTS if present(message, key)), "")
-    if thought and role == "assistant":
-        clean["reasoning_content"] = text(thought, f"{where}: reasoning_content")
-    if role == "tool":
-        clean |= {
-            key: text(message[key], f"{where}: {key}") for key in ("name", "tool_call_id") if present(message, key)
-        }
-    return clean
+        clean["tool_calls"] = tool_calls(calls, where, unread)
+    _add_what_the_role_has(clean, message, parts.thought, where)
+    if parts.results and role == "tool" and words.strip():
+        raise RowError(f"{said} has a tool_result and words beside it (allowed: one of them)")
+    kept = [] if parts.results and not words.strip() else [clean]
+    return [*parts.results, *kept], learn is True and role != "assistant" and asks(message)
 
 
-def _content(content: Any, where: str) -> str:
-    """The text, or the texts of all parts put together as chat templates do it, with nothing in between."""
-    if not isinstance(content, list):
-        return text(content, where)
-    words = []
-    for number, part in enumerate(content, start=1):
-        if not isinstance(part, Mapping):
-            raise RowError(f"{where} part {number} is {kind(part)} where an object was expected")
-        if part.get("type") != "text":
-            raise RowError(f"{where} part {number} has type {reprlib.repr(part.get('type'))} (allowed: text)")
-        words.append(text(part.get("text"), f"{where} part {number}: text"))
-    return "".join(words)
+_OF_ROLE = {"assistant": _THOUGHTS, "tool": ("name", "tool_call_id")}
 
 
-def _weight(message: Mapping[str, Any], where: str) -> bool:
-    weight, train = message.get("weight"), message.get("train")
-    if weight is not None and weight not in (0, 1):
-        raise RowError(f"{where} has weight {reprlib.repr(weight)} (allowed: 0, 1)")
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"{where} has train {reprlib.repr(train)} (allowed: true, false)")
-    if weight is not None and train is not None and bool(weight) != train:
-        raise RowError(f"{where} has weight {weight} and train {str(train).lower()}, which contradict each other")
-    return bool(weight) if weight is not None else train is not False
-
-
-# ----------------------------------------------------------------------------------------------------------- tools
-
-
-def _calls_of(message: Mapping[str, Any]) -> Any:
-    """`tool_calls`, or the one call that the first API had instead; None where there is none."""
-    if message.get("tool_calls"):
-        return message["tool_calls"]
-    call = message.get("function_call")
-    return [call] if call is not None else None
-
-
-def _one_or_more(calls: Any, where: str) -> list[Any]:
-    calls = from_json(calls, where)
-    return [calls] if isinstance(calls, Mapping) else non_empty_list(calls, where)
-
-
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    calls = from_json(calls, f"{where}: tool_calls")
-    if not isinstance(calls, list):
-        raise RowError(f"{where}: tool_calls is {kind(calls)} where a list was expected")
-    return [_tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(calls, start=1)]
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    function = _function(call, where)
-    if "arguments" not in function:
-        raise RowError(f"{where} has no 'arguments' (it has {listed(function)}{nearest('arguments', function)})")
-    arguments = json_object(function["arguments"], f"{where}: arguments")
-    clean = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if present(call, "id"):  # some templates write it, and refuse a call without
-        clean["id"] = text(call["id"], f"{where}: id")
-    return clean
-
-
-def _tools(tools: Any) -> list[dict[str, Any]]:
-    """Declared tools from a list of them, or from a JSON text."""
-    if tools in (None, ""):
-        return []
-    tools = from_json(tools, "tools")
-    if not isinstance(tools, list):
-        raise RowError(f"tools is {kind(tools)} where a list was expected")
-    return [_tool(from_json(tool, f"tool {number}"), f"tool {number}") for number, tool in enumerate(tools, start=1)]
-
-
-def _tool(tool: Any, where: str) -> dict[str, Any]:
-    function = json_object(_function(tool, where), where)
-    if present(function, "parameters"):
-        function["parameters"] = json_object(function["parameters"], f"{where}: parameters")
-    return {"type": "function", "function": function}
-
-
-def _function(value: Any, where: str) -> Mapping[str, Any]:
-    """The function of a call or a tool, which stands under the key `function`, or bare."""
-    if not isinstance(value, Mapping):
-        raise RowError(f"{where} is {kind(value)} where an object was expected")
-    if value.get("type") not in (None, "function"):
-        raise RowError(f"{where} has type {reprlib.repr(value['type'])} (allowed: function)")
-    bare = {key: item for key, item in value.items() if key not in ("type", "function", "id")}
-    function = value["function"] if present(value, "function") else bare
-    if not isinstance(function, Mapping):
-        raise RowError(f"{where}: function is {kind(function)} where an object was expected")
-    if not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise RowError(f"{where} has no name (it has {listed(function)}{nearest('name', function)})")
-    return function
+def _add_what_the_role_has(clean: Message, message: Mapping[str, Any], thought: str, where: str) -> None:
+    if clean["role"] == "tool":
+        for key in _OF_ROLE["tool"]:
+            if present(message, key):
+                clean[key] = text(message[key], f"{where}: {key}")
+    if clean["role"] != "assistant":
+        return
+    thoughts = {"its parts": thought} if thought else {}
+    for key in _THOUGHTS:
+        if holds(message.get(key)):
+            thoughts[key] = text(message[key], f"{where}: reasoning_content")
+    if len(set(thoughts.values())) > 1:
+        raise RowError(f"{where} has different thoughts in {' and '.join(thoughts)} (allowed: one, or the same)")
+    if thoughts:
+        clean["reasoning_content"] = next(iter(thoughts.values()))
 
 
 # ------------------------------------------------------------------------------------------------ the whole of it

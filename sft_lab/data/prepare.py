@@ -5,8 +5,10 @@ What comes out is a cache entry, whose files `prepared` names.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +26,7 @@ from sft_lab.data.prepared import Prepared
 from sft_lab.data.selection import Selection
 from sft_lab.data.sources import Source
 from sft_lab.data.template import Template
-from sft_lab.errors import ConfigError, PreflightError
+from sft_lab.errors import ConfigError, Interrupted, PreflightError
 from sft_lab.runs import write_json
 from sft_lab.schema import Config, DataConfig
 
@@ -80,8 +82,9 @@ def evaluation_rows(config: Config, tokenizer: Any, used: Template) -> Dataset:
         PreflightError: rows that cannot be used, each with file, row and reason, or none left.
     """
     work = _Work(config, tokenizer, used, Selection.of(config.data))
-    converted, account = work.convert_held_out(or_all=True)
-    work.raise_problems(account)
+    with work.unchanged():
+        converted, account = work.convert_held_out(or_all=True)
+        work.raise_problems(account)
     if not converted:
         raise PreflightError(f"data.path={config.data.path}: no row is left to evaluate on ({account.counted})")
     return Dataset.from_list([{**row, "id": work.selection.named(row["place"], row["number"])} for row in converted])
@@ -106,6 +109,7 @@ class _Work:
             "contents": [[place.fingerprint for place in source.places] for source in selection.every_source],
             "held_out": selection.held_out is not None,  # the last of them, then
             "format": [[s.config.format, s.config.columns] for s in selection.every_source],
+            "ignore_columns": [sorted(s.ignored) for s in selection.every_source],
             "template": cache.digest_of(json.dumps(dataclasses.asdict(self.template), sort_keys=True)),
             "tokenizer": _tokenizer_digest(self.tokenizer),
             "max_length": self.config.trainer.max_length,
@@ -119,6 +123,25 @@ class _Work:
     # ----------------------------------------------------------------------------------------------------- build
 
     def build(self, folder: Path) -> None:
+        with self.unchanged():
+            self._build(folder)
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """
+        Raises:
+            PreflightError: a file changed meanwhile; it is then the reason for whatever else went wrong.
+        """
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception:
+            self.selection.require_unchanged()
+            raise
+        self.selection.require_unchanged()
+
+    def _build(self, folder: Path) -> None:
         selection = self.selection
         held_out, account = self.convert_held_out()
         leaks = duplicates.Leaks([row["text"] for row in held_out]) if held_out else None
@@ -156,6 +179,9 @@ class _Work:
             "dropped_eval_rows": held_out.dropped,
             "shortened_rows": total.shortened,
             "leaks": total.leaks,
+            "unread_columns": total.unread.columns + held_out.unread.columns,
+            "unread_message_keys": total.unread.keys + held_out.unread.keys,
+            "null_arguments": total.unread.nulls + held_out.unread.nulls,
         }
 
     def _converter(self, source: Source, leaks: duplicates.Leaks | None = None, held_out: bool = False) -> Converter:
@@ -166,6 +192,7 @@ class _Work:
             self.template,
             source.config.format,
             source.config.columns,
+            source.ignored,
             held_out=held_out,
             leaks=leaks,
             signatures=self.config.data.deduplicate == "near" or _size(self.selection.training) <= _COMPARED_BYTES,

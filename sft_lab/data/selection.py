@@ -50,6 +50,14 @@ class Selection:
         """A digest of the contents of all of them."""
         return cache.digest_of(*(place.fingerprint for place in self.places))
 
+    def require_unchanged(self) -> None:
+        """
+        Raises:
+            PreflightError: a file is not what it was when its fingerprint was taken.
+        """
+        for place in self.places:
+            place.require_unchanged()
+
     @property
     def draws(self) -> bool:
         """Whether chance, and with it a seed, has a say in which rows train, or in their order."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from sft_lab.data import files
-from sft_lab.errors import RunError, SftLabError
+from sft_lab.data import cache, files, unchanged
+from sft_lab.data.columnar_files import values
+from sft_lab.data.unchanged import Version
+from sft_lab.errors import PreflightError, RunError, SftLabError
 from sft_lab.schema import DataConfig, LocationConfig, SourceConfig
+
+_BATCH = 16  # rows of a hub data set that are Python objects at a time
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Place:
     fingerprint: str
     read: Callable[[], Iterator[tuple[int, Any, str | None]]]
     size_bytes: int = 0
+    require_unchanged: Callable[[], None] = lambda: None  # raises PreflightError
 
 
 @dataclass
@@ -44,6 +51,11 @@ class Source:
     config: SourceConfig
     places: list[Place]
     first_place: int  # the number of its first place among the run's
+
+    @property
+    def ignored(self) -> frozenset[str]:
+        """Columns, and keys of messages, that count as absent."""
+        return frozenset(self.config.ignore_columns)
 
     def __iter__(self) -> Iterator[RawRow]:
         mask = self._sampled()
@@ -91,7 +103,8 @@ def training(data: DataConfig) -> list[Source]:
     for config in data.sources.values():
         seed = config.seed if config.seed >= 0 else data.seed
         places = _places(config, config.path, config.split)
-        sources.append(Source(SourceConfig(**{**vars(config), "seed": seed}), places, first))
+        ignored = [*data.ignore_columns, *config.ignore_columns]
+        sources.append(Source(SourceConfig(**{**vars(config), "seed": seed, "ignore_columns": ignored}), places, first))
         first += len(places)
     return sources
 
@@ -109,7 +122,9 @@ def held_out(data: DataConfig, first_place: int) -> Source | None:
 
 
 def _single(data: DataConfig) -> SourceConfig:
-    return SourceConfig(path=data.path, format=data.format, columns=data.columns, seed=data.seed)
+    return SourceConfig(
+        path=data.path, format=data.format, columns=data.columns, ignore_columns=data.ignore_columns, seed=data.seed
+    )
 
 
 def _places(location: LocationConfig, path: str, split: str, streaming: bool = False) -> list[Place]:
@@ -122,14 +137,19 @@ def _file_places(path: str, streaming: bool = False) -> list[Place]:
 
 def _file(file: Path, streaming: bool) -> Place:
     """Of data that streams not every byte is read beforehand: its size and time stand for its contents."""
-    stat = file.stat()
-    fingerprint = f"{stat.st_size}:{stat.st_mtime_ns}" if streaming else files.fingerprint([file])
-    return Place(str(file), fingerprint, functools.partial(files.read_file, file), stat.st_size)
+    if streaming:
+        version = files.version(file)
+        fingerprint = f"{version.size}:{version.modified_ns}"
+    else:
+        fingerprint, version = files.digest(file)
+    read = functools.partial(files.read_file, file, version)
+    return Place(str(file), fingerprint, read, version.size, functools.partial(unchanged.require, file, version))
 
 
 def _hub(location: LocationConfig, split: str, streaming: bool) -> Place:
     from datasets import load_dataset
 
+    before = _local_versions(location.path)
     try:
         dataset = load_dataset(
             location.path, location.name or None, split=split, revision=location.revision, streaming=streaming
@@ -137,16 +157,56 @@ def _hub(location: LocationConfig, split: str, streaming: bool) -> Place:
     except SftLabError:  # a signal's
         raise
     except Exception as error:  # whatever the hub client raises, its first line is what the person needs
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"data.path={location.path}: the hub gave no such data set ({reason})") from error
+        raise RunError(f"data.path={location.path}: the hub gave no such data set ({_first_line(error)})") from error
 
-    def read() -> Iterator[tuple[int, Any, str | None]]:
-        yield from ((number, row, None) for number, row in enumerate(dataset, start=1))
+    def require_unchanged() -> None:
+        if _local_versions(location.path) != before:
+            raise unchanged.changed(place)
 
     place = f"{location.path}[{split}]"
-    if streaming:  # only what was asked for is known of it
-        return Place(place, f"{location.name}:{location.revision}", read)
+    try:
+        require_unchanged()
+    except PreflightError:
+        if not streaming:
+            _forget(dataset)
+        raise
+
+    def read() -> Iterator[tuple[int, Any, str | None]]:
+        number = 0
+        try:
+            for table in dataset.with_format("arrow").iter(batch_size=_BATCH):  # sounds and pictures stay as they are
+                for row in itertools.chain.from_iterable(map(values, table.to_batches())):
+                    number += 1
+                    yield (number, *row)
+        except SftLabError:
+            raise
+        except Exception as error:
+            raise RunError(f"{place}: row {number + 1}: cannot be read ({_first_line(error)})") from error
+
+    if streaming:  # only what was asked for is known of it, and of files that lie here size and time
+        local = [f"{file}:{version.size}:{version.modified_ns}" for file, version in before.items()]
+        fingerprint = ":".join([location.name, location.revision, *([cache.digest_of(*local)] if local else [])])
+        return Place(place, fingerprint, read, require_unchanged=require_unchanged)
     return Place(place, str(dataset._fingerprint), read, dataset.data.nbytes)
+
+
+def _local_versions(path: str) -> dict[str, Version]:
+    """Of the files of a data set that lies in a directory here."""
+    files_below = sorted(Path(path).rglob("*")) if Path(path).is_dir() else []
+    return {str(file.relative_to(path)): Version.of(file) for file in files_below if file.is_file()}
+
+
+def _forget(dataset: Any) -> None:
+    """Remove what `datasets` made of files and would take for theirs the next time."""
+    from datasets import config
+
+    for folder in {Path(file["filename"]).parent for file in dataset.cache_files}:
+        if folder.is_relative_to(config.HF_DATASETS_CACHE):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _requests(data: DataConfig, held_out: bool) -> Place:

@@ -18,6 +18,7 @@ from sft_lab.data import duplicates, pack, sources
 from sft_lab.data.batches import join, strategy
 from sft_lab.data.convert import Account, Converter
 from sft_lab.data.prepared import Prepared
+from sft_lab.data.sources import Source
 from sft_lab.errors import RunError
 from sft_lab.schema import Config
 
@@ -55,22 +56,24 @@ def _converter(config: Config, data: Prepared) -> Converter:
         data.template,
         config.data.format,
         config.data.columns,
+        frozenset(config.data.ignore_columns),
         leaks=duplicates.Leaks(data.eval["text"][:]) if len(data.eval) else None,
     )
 
 
 def _endless(config: Config, converter: Converter) -> Iterator[dict[str, Any]]:
+    known = _fingerprints(sources.training(config.data)[0])
     for number in itertools.count():
         empty = True
-        for row in _one_pass(config, converter, number):
+        for row in _one_pass(config, converter, number, known):
             empty = False
             yield row
         if empty:
             raise RunError(f"data.path={config.data.path}: no row of it is left to train on")
 
 
-def _one_pass(config: Config, converter: Converter, number: int) -> Iterator[dict[str, Any]]:
-    rows = _rows(config, converter, tell=number == 0)
+def _one_pass(config: Config, converter: Converter, number: int, known: str = "") -> Iterator[dict[str, Any]]:
+    rows = _rows(config, converter, known, tell=number == 0)
     if strategy(config) == "sequential":
         return rows
     return _shuffled(rows, config.data.shuffle_buffer, np.random.default_rng([config.seed, number]))
@@ -87,9 +90,23 @@ def _shuffled(rows: Iterator[T], size: int, random: np.random.Generator) -> Iter
         yield buffer[place]
 
 
-def _rows(config: Config, converter: Converter, tell: bool) -> Iterator[dict[str, Any]]:
-    """Rows in the order of the files. tell: log those that are left out, which are the same in each pass."""
+def _fingerprints(source: Source) -> str:
+    return " ".join(place.fingerprint for place in source.places)
+
+
+def _rows(config: Config, converter: Converter, known: str, tell: bool) -> Iterator[dict[str, Any]]:
+    """Rows in the order of the files.
+
+    Args:
+        known: the fingerprints of its places in the pass before; empty in the first one.
+        tell: log those that are left out, which are the same in each pass.
+
+    Raises:
+        RunError: the fingerprints are others now.
+    """
     (source,) = sources.training(config.data)
+    if known and _fingerprints(source) != known:
+        raise RunError(f"data.path={config.data.path}: changed while the run reads it")
     names = [place.name for place in source.places]
     raw = iter(source)
     while window := list(itertools.islice(raw, _WINDOW)):
@@ -107,6 +124,8 @@ def _rows(config: Config, converter: Converter, tell: bool) -> Iterator[dict[str
         if tell:
             _log_left_out(account, names, bad)
         yield from _packed(converted, config) if config.trainer.packing else converted
+    for read in source.places:
+        read.require_unchanged()
 
 
 def _log_left_out(account: Account, names: list[str], bad: list[str]) -> None:

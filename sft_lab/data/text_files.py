@@ -13,10 +13,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from sft_lab.data.unchanged import Version, opened
 from sft_lab.errors import PreflightError
 
 Row = tuple[int, Any, str | None]  # number from 1 (the line, where a row is a line), value, why it could not be read
@@ -30,13 +31,14 @@ _BY_LINE, _BY_FILE = "column {0.colno}", "line {0.lineno}, column {0.colno}"  # 
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
+def _opened(path: Path, version: Version | None) -> Iterator[gzip.GzipFile | io.BufferedReader]:
     """The unpacked bytes of a text file.
 
     Raises:
         PreflightError: its first bytes are those of another encoding, or of gzip under a name that does not say so.
     """
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+    packed = path.suffix.lower() == ".gz"
+    with opened(path, version) as raw, gzip.GzipFile(fileobj=raw) if packed else nullcontext(raw) as file:
         head = file.peek(4)[:4]
         encoding = json.detect_encoding(head).upper()
         if head.startswith(b"\x1f\x8b"):
@@ -60,9 +62,9 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 ({error.reason} at byte {error.start + 1} of the line)"
 
 
-def read_txt(path: Path) -> Rows:
+def read_txt(path: Path, version: Version | None = None) -> Rows:
     """One row {"text": line} a line that is not blank."""
-    with _opened(path) as file:
+    with _opened(path, version) as file:
         for number, line in _lines(file):
             try:
                 text = line.rstrip(b"\r\n").decode()
@@ -75,11 +77,11 @@ def read_txt(path: Path) -> Rows:
 # ------------------------------------------------------------------------------------------------------------- CSV
 
 
-def read_csv(path: Path) -> Rows:
+def read_csv(path: Path, version: Version | None = None) -> Rows:
     """One row of texts a record, under the names of the header."""
     csv.field_size_limit(_LONGEST_CELL)
     where = "the header"
-    with _opened(path) as file:
+    with _opened(path, version) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         records = (cells for cells in csv.reader(text, strict=True) if cells)
         try:
@@ -174,10 +176,10 @@ def _after_space(text: str, place: int) -> int:
     return match.end() if match else place
 
 
-def read_jsonl(path: Path) -> Rows:
+def read_jsonl(path: Path, version: Version | None = None) -> Rows:
     """One value a line; whether it is an object is for the formats to say."""
     decoder = Decoder()
-    with _opened(path) as file:
+    with _opened(path, version) as file:
         for number, line in _lines(file):
             try:
                 yield number, *decoder.whole(line.decode())
@@ -187,9 +189,9 @@ def read_jsonl(path: Path) -> Rows:
                 yield number, None, decoder.broken(error)
 
 
-def read_json(path: Path) -> Rows:
+def read_json(path: Path, version: Version | None = None) -> Rows:
     """An array of rows, one row a line, or one row alone over several lines; all but one a line is read in one go."""
-    with _opened(path) as file:
+    with _opened(path, version) as file:
         first = next((line for _, line in _lines(file)), b"").strip()
         by_line = not first.startswith(b"[") and _is_json(first)
         file.seek(0)
@@ -206,7 +208,7 @@ def read_json(path: Path) -> Rows:
             if first == b"{":  # as whoever indents writes it; no row of one a line begins so
                 raise PreflightError(f"{path}: row 1: {decoder.broken(error)}") from None
     del text
-    yield from read_jsonl(path)
+    yield from read_jsonl(path, version)
 
 
 def _is_json(line: bytes) -> bool:

@@ -12,6 +12,10 @@ class RowError(ValueError):
     """Why a row cannot be trained on; the caller adds file and row number."""
 
 
+class NullsDropped(dict[str, Any]):
+    """A row whose calls of tools had arguments that Arrow holds as null: absent, since it pads with them; or null."""
+
+
 def text(value: Any, name: str) -> str:
     """The value itself; `name` says in the error where it stands.
 
@@ -77,6 +81,17 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 def present(row: Mapping[str, Any], key: str) -> bool:
     """Whether an optional key is given: null stands for absent, as it does in rows read through Arrow."""
     return row.get(key) is not None
+
+
+def holds(value: Any) -> bool:
+    """Whether a value says anything: null, "" and what has nothing else inside are what Arrow and CSV pad rows with."""
+    if isinstance(value, str):
+        return value != ""
+    if isinstance(value, dict):
+        return any(map(holds, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds, value))
+    return value is not None and value != b""
 
 
 def kind(value: Any) -> str:

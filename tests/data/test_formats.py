@@ -232,9 +232,9 @@ def test_a_row_of_weight_1_is_a_row(weight: Any) -> None:
         ({"conversations": 3}, "conversations is int where a list was expected"),
         ({"conversations": [HUMAN, GPT], "system": 3}, "system is int where a text was expected"),
         ({"conversations": [SYSTEM, USER, ASSISTANT], "system": "Be long."}, "the column system has another one"),
-        ({"prompt": 3, "completion": "4"}, "prompt is int and completion is text (allowed: two texts, or two lists of"),
+        ({"prompt": 3, "completion": "4"}, "prompt is int and completion is text (allowed: two texts, two lists of"),
         ({"prompt": "a", "completion": None}, "prompt is text and completion is null"),
-        ({"prompt": [USER], "completion": "4"}, "prompt is list and completion is text"),
+        ({"prompt": "2 + 2?", "completion": [ASSISTANT]}, "prompt is text and completion is list (allowed: two texts"),
         ({"prompt": [SYSTEM], "completion": [USER]}, "no assistant turn, so there is nothing to learn"),
         ({"prompt": [], "completion": []}, "no assistant turn"),
         ({"prompt": [USER, ASSISTANT], "completion": [USER]}, "no assistant turn with weight 1 in the completion"),
@@ -337,7 +337,8 @@ def test_why_columns_are_refused(row: dict[str, Any], name: str, columns: dict[s
 
 def test_what_is_mapped_narrows_the_formats_without_a_row() -> None:
     assert possible_formats("auto", {}) == tuple(FORMATS)
-    assert possible_formats("auto", {"tools": "functions"}) == ("messages", "sharegpt", "prompt_completion")
+    chats = ("messages", "sharegpt", "prompt_completion", "alpaca", "question_answer")
+    assert possible_formats("auto", {"tools": "functions"}) == chats
     assert possible_formats("auto", {"prompt": "a", "weight": "b"}) == ("prompt_completion",)
     assert possible_formats("alpaca", {"output": "a"}) == ("alpaca",)
 

@@ -12,9 +12,9 @@ import torch
 from transformers import TrainerCallback
 
 from sft_lab import trainer as trainers
-from sft_lab.data import streaming
+from sft_lab.data import sources, streaming
 from sft_lab.data.prepare import prepare
-from sft_lab.errors import RunError
+from sft_lab.errors import RunError, SftLabError
 from sft_lab.runs import RunDirectory
 from sft_lab.schema import Config
 from tests.data.preparing import config_of, written
@@ -193,3 +193,32 @@ def test_resumed_in_a_later_pass_it_is_as_if_never_stopped(tmp_path: Path, accum
     assert before + after == straight
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("change", ["append", "replace"])
+@pytest.mark.parametrize("after", [10, len(ROWS) - 1])
+def test_a_file_that_changes_while_it_streams_stops_the_run(change: str, after: int, tmp_path: Path) -> None:
+    """The rows of a pass, and of one pass and the next, are those that the run began with."""
+    path = written(tmp_path / "rows.jsonl", ROWS)
+    settings = config(path, "trainer.train_sampling_strategy=sequential")
+    rows = iter(streaming.training_rows(settings, prepare(settings)))
+    for _ in range(after):
+        next(rows)
+    if change == "append":
+        with path.open("a") as file:
+            file.write('{"prompt": "more", "completion": "rows"}\n')
+    else:
+        written(tmp_path / "other.jsonl", ROWS[::-1]).replace(path)
+    with pytest.raises(SftLabError, match=r"rows\.jsonl: changed while"):
+        list(itertools.islice(rows, 2 * len(ROWS)))
+
+
+def test_a_file_that_changes_between_two_passes_stops_the_run(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", ROWS)
+    settings = config(path, "trainer.train_sampling_strategy=sequential")
+    source = sources.training(settings.data)[0]
+    known = streaming._fingerprints(source)
+    written(path, ROWS[1:])
+    data = prepare(settings)
+    with pytest.raises(RunError, match="changed while the run reads it"):
+        next(streaming._rows(settings, streaming._converter(settings, data), known))
