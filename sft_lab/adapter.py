@@ -75,6 +75,15 @@ def new_tokens(model: Any, template: Template, tokenizer: Any, new_rows: Sequenc
 # ------------------------------------------------------------------------------------------------------------ saving
 
 
+def round_as_trained(model: Any) -> None:
+    """Hold the adapter of a quantised base in bf16, as TRL does in training; PEFT loads it in fp32."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def trains_tokens(model: Any) -> bool:
     """Whether rows of embeddings are trained beside the adapter's matrices."""
     return any(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sft_lab import adapter as adapters
 from sft_lab import config as configs
 from sft_lab import evaluate
 from sft_lab import model as models
@@ -50,6 +51,8 @@ class Finished:
             base = models.load_model(config)
             models.fit_embeddings(base, tokenizer)  # their trained rows lie beside the adapter's matrices
             model = PeftModel.from_pretrained(base, str(adapter))
+            if config.quant.method != "none":
+                adapters.round_as_trained(model)
         model.to(models.device()).eval()
         return cls(config, model, tokenizer, used)
 

@@ -71,6 +71,8 @@ class Metrics(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if not math.isfinite(logs.get("eval_loss", 0.0)):  # before anyone is told of it
+            raise _diverged(f"eval loss is {logs['eval_loss']}", args, state)
         if "loss" not in logs:  # an evaluation, or the summary at the end of training
             return
         assert self.counter is not None
@@ -93,8 +95,6 @@ class Metrics(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         kept = {key.removeprefix("eval_"): value for key, value in metrics.items() if key in _EVAL_KEYS}
-        if not math.isfinite(kept["loss"]):
-            raise _diverged(f"eval loss is {kept['loss']}", args, state)
         event = {"step": state.global_step, "split": "eval", "time_s": round(self.time_s, 3), **kept}
         self.record(event)
         self._began += metrics.get("eval_runtime", 0.0)

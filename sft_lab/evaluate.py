@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sft_lab import config as configs
@@ -74,7 +74,7 @@ def generate(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
     settings = _greedy(tokenizer, turn_end_id, max_new_tokens)
     # Not inference_mode: what FSDP gathers in it could not be trained with afterwards.
-    with torch.no_grad(), _gathered(model):
+    with torch.no_grad(), _gathered(model), _without_router_loss(model):
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
@@ -92,6 +92,20 @@ def _gathered(model: Any) -> contextlib.AbstractContextManager[None]:
     if isinstance(model, FullyShardedDataParallel):
         return FullyShardedDataParallel.summon_full_params(model, writeback=False)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_router_loss(model: Any) -> Iterator[None]:
+    """A mixture of experts that trains its routers would compute their loss for each new token, and fail."""
+    config = model.config.get_text_config()
+    asked = getattr(config, "output_router_logits", None)
+    if asked:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
 
 
 def _greedy(tokenizer: Any, turn_end_id: int, max_new_tokens: int) -> Any:

@@ -73,6 +73,8 @@ EXTRA_OF = {
             "project": "tracking.project",
             "gradient_checkpointing_kwargs": "trainer.use_reentrant",
             "eval_strategy": "trainer.eval_steps",
+            "bf16_full_eval": "trainer.precision",
+            "fp16_full_eval": "trainer.precision",
             "save_strategy": "trainer.save_steps",
             "logging_strategy": "trainer.logging_steps",
             "remove_unused_columns": "data",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_lab import attention, distributed, embedded, quant, shared
+from sft_lab import attention, base_weights, distributed, embedded, quant, shared
 from sft_lab.errors import ConfigError, RunError
 from sft_lab.schema import Config, ModelConfig
 
@@ -167,7 +167,7 @@ def load_model(config: Config) -> Any:
     """The base model on its device, quantised if asked for, without an adapter; of one load where trials share it.
 
     Raises:
-        ConfigError: this machine cannot do what is asked for.
+        ConfigError: this machine cannot do what is asked for, or the model's weights are not those of its files.
         RunError: it cannot be had, from the hub or from disk.
     """
     from transformers import AutoModelForCausalLM
@@ -192,13 +192,28 @@ def load_model(config: Config) -> Any:
 
     def load() -> Any:
         with told(model):
-            loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
+            loaded, loading = AutoModelForCausalLM.from_pretrained(
+                path, **{"ignore_mismatched_sizes": True, **arguments}, output_loading_info=True
+            )
+        # Of ranks that share the weights each reads a part of them; the preflight has looked at all.
+        problems = (
+            base_weights.refused(loading, config.preflight.allow) if not config.distributed.shards_weights else []
+        )
+        if problems:
+            raise ConfigError([f"model.path={model.path} : {problem}" for problem in problems])
         if config.quant.method == "bnb_4bit":
             quant.keep_packing(loaded)
         return loaded
 
     # int8 layers move their weights into a state of their own at the first forward, which leaves nothing to share.
     return load() if config.quant.method == "bnb_8bit" else shared.base((path, repr(arguments)), load)
+
+
+def name_experts(model: Any) -> None:
+    """Tell the number of experts by the name that TRL reads, where a family has another one for it (Granite's)."""
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
+        config.num_experts = config.num_local_experts
 
 
 def fit_embeddings(model: Any, tokenizer: Any) -> range:

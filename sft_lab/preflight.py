@@ -6,7 +6,7 @@ import math
 import shutil
 from typing import Any
 
-from sft_lab import adapter, checkpoints, distributed, findings, tracking
+from sft_lab import checkpoints, distributed, findings, model_findings, tracking
 from sft_lab import config as configs
 from sft_lab import model as models
 from sft_lab import trainer as trainers
@@ -51,7 +51,7 @@ def examine(config: Config, data: Prepared, run: RunDirectory, elsewhere: bool =
     if not elsewhere:
         _machine(config, report)
     findings.of_data(config, data, report)
-    _model(config, data, report)
+    model_findings.of_model(config, data, report)
     _steps(config, data, report)
     _disk(config, data, run, report)
     report.numbers["memory"] = report.numbers["time_s"] = None  # not predicted yet
@@ -74,46 +74,6 @@ def _unknown_names(config: Config, report: Report) -> None:
     for name in config.preflight.allow:
         if name not in names:
             report.add("preflight.allow", "warning", f"{name} is no finding of this run")
-
-
-def _model(config: Config, data: Prepared, report: Report) -> None:
-    import pyarrow.compute as pc
-
-    total, trainable, vocabulary = _count_parameters(config, data)
-    report.numbers["parameters"] = {"total": total, "trainable": trainable}
-    report.add("parameters", "fact", f"{trainable} of {total} parameters are trained ({trainable / total:.2%})")
-    report.add("attention", "fact", trainers.attention_of(config))
-    tables = [data.train.data, data.eval.data] if len(data.eval) else [data.train.data]
-    highest = max(pc.max(chunk.values).as_py() for table in tables for chunk in table.column("input_ids").chunks)
-    if highest >= vocabulary:
-        report.add(
-            "vocabulary", "error", f"token {highest} of the tokenizer has no embedding, the model has {vocabulary}"
-        )
-
-
-def _count_parameters(config: Config, data: Prepared) -> tuple[int, int, int]:
-    """All parameters, those trained, and rows of the embedding; from a model without weights.
-
-    Raises:
-        PreflightError: the adapter does not fit the architecture.
-    """
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    architecture = models.load_config(config.model)
-    with models.told(config.model), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
-        new_rows = models.fit_embeddings(model, data.tokenizer)
-    lora = adapter.build(config.peft, adapter.new_tokens(model, data.template, data.tokenizer, new_rows))
-    if lora is not None:
-        try:
-            model = get_peft_model(model, lora, low_cpu_mem_usage=True)
-        except ValueError as error:
-            raise PreflightError(f"peft : does not fit this model ({error})") from None
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained), vocabulary
 
 
 def _steps(config: Config, data: Prepared, report: Report) -> None:

@@ -32,6 +32,14 @@ def build(quant: QuantConfig, compute_dtype: str, storage_dtype: str = "") -> An
     )
 
 
+def skipped(quant: QuantConfig, model: Any) -> list[str]:
+    """Names of modules that stay as they are."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    asked = quant.extra.get("llm_int8_skip_modules")
+    return list(asked) if asked is not None else list(get_keys_to_not_convert(model))
+
+
 def keep_packing(model: Any) -> None:
     """Keep 4-bit weights as they were read, also in evaluation on CPUs that have avx512_bf16.
 

@@ -164,11 +164,12 @@ def _facts(config: Config, run: RunDirectory, data: Prepared) -> dict[str, str]:
     precision = models.resolve_precision(config)
     rows, tokens, parameters = report["rows"], report["tokens"], report["parameters"]
     processes = f" x {config.distributed.num_processes} processes" if config.distributed.num_processes > 1 else ""
+    share = report.get("quantised_share", 1)
+    quantised = f", {share:.0%} quantised ({config.quant.method})" if config.quant.method != "none" else ""
     dropped = f", {sum(rows['dropped'].values())} left out" if rows["dropped"] else ""
     return {
         "run": str(run.path),
-        "model": f"{config.model.path}, base in {precision.dtype}"
-        + (f", quantised ({config.quant.method})" if config.quant.method != "none" else ""),
+        "model": f"{config.model.path}, base in {precision.dtype}{quantised}",
         "template": f"{data.template.name}, a turn ends with {data.template.turn_end.token}",
         "attention": trainers.attention_of(config),
         "data": data.facts["cache"],

@@ -158,6 +158,7 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
     distributed.use_one_gpu(config, arguments)
     set_seed(config.seed)  # for weights that the model's files lack
     model = models.load_model(config)
+    models.name_experts(model)
     set_seed(config.seed)  # for new tokens' embeddings and the adapter, whether or not loading drew anything
     new_tokens = adapter.new_tokens(model, data.template, data.tokenizer, models.fit_embeddings(model, data.tokenizer))
     collator = Collator(data.tokenizer.pad_token_id, flattens(config), distributed.row_multiple(config))

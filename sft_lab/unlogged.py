@@ -6,11 +6,13 @@ Trainer sums its loss from zero, and TRL begins its means anew.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft_lab import ranks
+from sft_lab.errors import RunError
 from sft_lab.runs import read_json, write_json
 
 _FILE = "unlogged.json"
@@ -47,6 +49,8 @@ def keep(checkpoint: Path, trainer: Any, events: int, tokens: int, time_s: float
         "num_tokens": trainer._total_train_tokens,
     }
     of_ranks = ranks.gathered(mine)
+    if broken := [rank["loss"] for rank in of_ranks if not math.isfinite(rank["loss"])]:
+        raise RunError(f"loss is {broken[0]} at step {trainer.state.global_step}: training has diverged")
     if ranks.leads():
         write_json(checkpoint / _FILE, asdict(Unlogged(events, tokens, time_s, of_ranks)))
 

@@ -167,3 +167,12 @@ def test_the_last_step_is_evaluated_once(main: Callable[..., Any], rows: Path) -
     evaluations = [event for event in run.read_metrics() if event["split"] == "eval"]
     assert [event["step"] for event in evaluations] == [2, 4]
     assert json.loads(run.result.read_text())["metrics"]["eval_loss"] == evaluations[-1]["loss"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("words", [["quant=nf4"], ["trainer.precision=bf16"]], ids=["nf4", "bf16"])
+def test_eval_computes_as_the_run_did(main: Callable[..., Any], rows: Path, words: list[str]) -> None:
+    run = trained(main, "model=tiny_llama", *words, name="run")
+    found = json.loads(run.result.read_text())["metrics"]["eval_loss"]
+    evaluated = json.loads(main("eval", "run", "--json").stdout)
+    assert evaluated["metrics"]["loss"] == pytest.approx(found, rel=1e-5)

@@ -35,6 +35,7 @@ LAYERS: dict[str, int] = {
         [
             "adapter",
             "attention",
+            "base_weights",
             "embedded",
             "evaluate",
             "evaluating",
@@ -42,6 +43,7 @@ LAYERS: dict[str, int] = {
             "model",
             "quant",
             "shared",
+            "targets",
             "integrations",
             "tracking",
             "unlogged",
@@ -65,6 +67,7 @@ LAYERS: dict[str, int] = {
             "findings",
             "held_out",
             "launch",
+            "model_findings",
             "outcome",
             "preflight",
             "provenance",
