@@ -69,7 +69,7 @@ class Finished:
         rows = evaluation_rows(config, self.tokenizer, self.template)
         questions = asking(rows)
         settings = replace(config.evaluation, rows=len(questions) if config.data.metrics else 0)
-        answers = evaluate.answer_rows(self.model, self.tokenizer, questions, self.template.turn_end.id, settings)
+        answers = evaluate.answer_rows(self.model, self.tokenizer, questions, self.template.ends, settings)
         loss = self._loss(rows, config.trainer.per_device_eval_batch_size)
         if not math.isfinite(loss):
             raise RunError(
@@ -84,7 +84,7 @@ class Finished:
             messages, tokenize=False, add_generation_prompt=True, **self.config.chat_template.kwargs
         )
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return evaluate.generate(self.model, self.tokenizer, [ids], self.template.turn_end.id, max_new_tokens, 1)[0]
+        return evaluate.generate(self.model, self.tokenizer, [ids], self.template.ends, max_new_tokens, 1)[0]
 
     def _loss(self, rows: Any, batch_size: int) -> float:
         """Mean cross-entropy over every token that carries loss, in nats; in the precision that the run trained in."""

@@ -132,11 +132,12 @@ class Saving(TrainerCallback):
     """Says when a checkpoint is due by the clock, and marks one as whole once every rank has written its last file.
 
     Args:
+        limit: how many to keep; the Trainer would count whatever is named like one, and delete it.
         add: what puts more into a checkpoint than the Trainer does.
     """
 
-    def __init__(self, run: RunDirectory, every_minutes: float, add: Callable[[Path], None]):
-        self.run, self._every_s, self._add = run, 60 * every_minutes, add
+    def __init__(self, run: RunDirectory, every_minutes: float, limit: int, add: Callable[[Path], None]):
+        self.run, self._every_s, self._limit, self._add = run, 60 * every_minutes, limit, add
         self._saved_at = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -162,6 +163,7 @@ class Saving(TrainerCallback):
         self._add(checkpoint)
         if ranks.leads():
             checkpoints.seal(checkpoint)
+            checkpoints.keep(self.run, self._limit)
             self.run.set_status("running", step=state.global_step)
 
 

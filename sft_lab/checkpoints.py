@@ -61,6 +61,12 @@ def drop_torn(run: RunDirectory) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def keep(run: RunDirectory, limit: int) -> None:
+    """Delete the oldest ones, so that the newest `limit` stay."""
+    for checkpoint in sorted(_all(run), key=step_of)[:-limit]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def saved_bytes(run: RunDirectory) -> int:
     """What they take; those that a run under way removes meanwhile do not count."""
     found = 0

@@ -23,6 +23,7 @@ from sft_lab.schema import Config, TrainerConfig
 _MODELS = ("a directory with config.json", "a hub id such as ORG/NAME", "embedded:NAME")
 OPEN = (  # mappings of free names
     *(f"{group}.extra" for group in EXTRA_OF),
+    "chat_template.kwargs",
     "data.columns",
     "data.sources",
     "distributed.deepspeed",

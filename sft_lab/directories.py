@@ -82,7 +82,7 @@ def require_for_sweep(path: Path) -> None:
     _require_directory(path, option)
     if is_ledger(path / "sweep.json"):
         return
-    entry = next((entry for entry in _entries(path) if entry.name != ".lock" and not _passing(entry)), None)
+    entry = next((entry for entry in _entries(path) if not _is_lock(entry) and not _passing(entry)), None)
     if entry is not None:
         raise _occupied(path, entry, option)
 
@@ -102,10 +102,16 @@ def _passing(entry: Path) -> bool:
     return bool(_TEMPORARY.fullmatch(entry.name) or _LAUNCHERS.fullmatch(entry.name))
 
 
+def _is_lock(entry: Path) -> bool:
+    """Whether it is a run's lock, which is empty, or a sweep's, which names its process."""
+    return entry.name == ".lock" and entry.is_file() and entry.read_bytes()[:8] in (b"", b"process ")
+
+
 def left_by_run(entry: Path) -> bool:
     """Whether it is what a run leaves that ended before its config was written, or a trial that could not begin."""
     return (
-        entry.name in (".lock", ".reserve")
+        _is_lock(entry)
+        or entry.name == ".reserve"
         or _passing(entry)
         or (entry.name == "overrides.yaml" and (entry.parent / ".lock").is_file())
         or (entry.name == "status.json" and is_status(entry))
@@ -162,3 +168,15 @@ def require_page(path: Path, option: str) -> None:
         raise ConfigError(f"{option}={path} : no file can be written there (allowed: a file in a directory that is)")
     if path.exists() and PAGE_MARK not in path.read_bytes()[:4096].decode(errors="replace"):
         raise ConfigError(f"{option}={path} : a file lies there that sft_lab did not write (allowed: another file)")
+
+
+def require_journal(path: Path) -> None:
+    """
+    Raises:
+        ConfigError: there is something at `path` that is no search's journal, which would be added to.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    head = path.read_bytes()[:4096].partition(b"\n")[0] if path.is_file() else b"-"
+    if head and b'"op_code"' not in head:
+        raise ConfigError(f"hydra.sweeper.storage={path} : is no journal of a search (allowed: a file that is new)")

@@ -54,7 +54,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    turn_end_id: int,
+    ends: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
     in_step: bool = False,
@@ -64,6 +64,7 @@ def generate(
     The model is put back into the mode it was in, and no random state is used.
 
     Args:
+        ends: tokens at which an answer is over, besides the tokenizer's own end.
         in_step: for a model that is sharded over ranks: each runs as many forward passes as the slowest.
     """
     import torch
@@ -72,7 +73,7 @@ def generate(
     model.eval()
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
-    settings = _greedy(tokenizer, turn_end_id, max_new_tokens)
+    settings = _greedy(tokenizer, ends, max_new_tokens)
     # Not inference_mode: what FSDP gathers in it could not be trained with afterwards.
     with torch.no_grad(), _gathered(model), _without_router_loss(model):
         for start in range(0, len(by_length), batch_size):
@@ -108,12 +109,12 @@ def _without_router_loss(model: Any) -> Iterator[None]:
             config.output_router_logits = asked
 
 
-def _greedy(tokenizer: Any, turn_end_id: int, max_new_tokens: int) -> Any:
+def _greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> Any:
     from transformers import GenerationConfig
 
-    ends = sorted({turn_end_id, tokenizer.eos_token_id} - {None})
+    stops = sorted({*ends, tokenizer.eos_token_id} - {None})
     return GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
     )
 
 
@@ -127,7 +128,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: An
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def answer_rows(model: Any, tokenizer: Any, rows: Any, turn_end_id: int, settings: EvaluationConfig) -> list[str]:
+def answer_rows(model: Any, tokenizer: Any, rows: Any, ends: Sequence[int], settings: EvaluationConfig) -> list[str]:
     """Answers to the first `evaluation.rows` held-out rows; of several ranks each gives its share, and has all."""
     count = min(settings.rows, len(rows))
     if not count:
@@ -141,7 +142,7 @@ def answer_rows(model: Any, tokenizer: Any, rows: Any, turn_end_id: int, setting
         model,
         tokenizer,
         [prompts[i] for i in mine_as_long],
-        turn_end_id,
+        ends,
         settings.max_new_tokens,
         settings.batch_size,
         in_step=ranks.together(),

@@ -17,7 +17,7 @@ def before(config: Config, run: RunDirectory, data: Prepared, model: Any, metric
     if not config.evaluation.before or not len(data.questions):
         return {}
     if not ranks.from_leader(run.answers_before.exists()):
-        answers = evaluate.answer_rows(model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
+        answers = evaluate.answer_rows(model, data.tokenizer, data.questions, data.template.ends, config.evaluation)
         if ranks.leads():
             write_json(run.answers_before, answers)
     if not ranks.leads():
@@ -36,7 +36,7 @@ def after(config: Config, run: RunDirectory, data: Prepared, trainer: Any, track
             write_text(run.samples, "")
         return {}
     loss = {"eval_loss": _last_loss(trainer)}
-    answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.questions, data.turn_end_id, config.evaluation)
+    answers = evaluate.answer_rows(trainer.model, data.tokenizer, data.questions, data.template.ends, config.evaluation)
     if not ranks.leads():
         return loss
     scores = evaluate.score(config.data.metrics, answers, data.questions["reference"])

@@ -59,12 +59,12 @@ def _without_weights(config: Config) -> tuple[Any, dict[str, Any]]:
 def _with_adapter(config: Config, data: Prepared, base: Any, new_rows: range) -> Any:
     from peft import get_peft_model
 
-    lora = adapter.build(config.peft, adapter.new_tokens(base, data.template, data.tokenizer, new_rows))
-    if lora is None:
+    if config.peft.method == "none":
         return base
     if found := targets.problems(config.peft, base):
         raise PreflightError(found)
     try:
+        lora = adapter.build(config.peft, adapter.new_tokens(base, data.template, data.tokenizer, new_rows))
         return get_peft_model(base, lora, low_cpu_mem_usage=True)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise PreflightError(_refusal(config, str(error))) from None

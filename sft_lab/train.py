@@ -74,7 +74,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
                 raise _NothingLeft
             unlogged.restore(past, trainer)
 
-        saving = Saving(run, config.trainer.save_minutes, keep_unlogged)
+        saving = Saving(run, config.trainer.save_minutes, config.trainer.save_total_limit, keep_unlogged)
         watching = [Opening(open_training), metrics, saving, stop, *callbacks, *tracker.callbacks]
         trainer = trainers.build(config, run, data, watching)
         trained = adapter.trained(trainer.model)

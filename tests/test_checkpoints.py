@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from transformers.trainer_utils import rotate_checkpoints
-
 from sft_lab import checkpoints, train
 from sft_lab.runs import RunDirectory, write_json
 from sft_lab.unlogged import Unlogged
@@ -29,7 +27,7 @@ def test_one_that_was_half_taken_away_costs_no_whole_one(tmp_path: Path) -> None
     (half / "optimizer.pt").unlink()
     assert train._rewind(run) == whole
     saved(run, 21)
-    rotate_checkpoints(str(run.checkpoints), save_total_limit=2, use_mtime=True)
+    checkpoints.keep(run, 2)
     assert whole.is_dir()
     assert not half.exists()
 

@@ -217,6 +217,7 @@ def test_only_checkpoints_by_number_are_checkpoints(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert checkpoints.newest(run) == (None, [])
     checkpoints.drop_torn(run)
+    checkpoints.keep(run, 1)
     assert len(contents(tmp_path / "checkpoints")) == 5
 
 

@@ -16,34 +16,34 @@ WRONG = {
     "peft.target_modules=[q_proj,v_porj]": r"peft.target_modules : v_porj matches no module of this model (allowed: ",
     "peft.target_modules=[q_prj]": "; did you mean q_proj?",
     "peft.modules_to_save=[lm_haed]": "peft.modules_to_save : lm_haed matches no module",
-    "+peft.extra.rank_pattern={q_porj:4}": "peft.extra.rank_pattern : q_porj matches no module",
-    "+peft.extra.alpha_pattern={'layers.9.*q_proj':4}": "peft.extra.alpha_pattern : layers.9.*q_proj matches no module",
-    "+peft.extra.exclude_modules=[down_prj]": "peft.extra.exclude_modules : down_prj matches no module",
-    "+peft.extra.exclude_modules='.*down_prj'": "peft.extra.exclude_modules : .*down_prj matches no module",
-    "+peft.extra.target_parameters=[mlp.experts.gate_proj]": "peft.extra.target_parameters : mlp.experts.gate_proj matches",
-    "+peft.extra.layers_to_transform=[0,7]": "peft.extra.layers_to_transform : there is no layer 7 (allowed: 0 to 1)",
-    "+peft.extra.layers_pattern=blocks": "peft.extra.layers_pattern : blocks matches no module",
-    "+peft.extra.trainable_token_indices={embed_tokns:[1]}": "peft.extra.trainable_token_indices : embed_tokns matches",
+    "peft.extra.rank_pattern={q_porj:4}": "peft.extra.rank_pattern : q_porj matches no module",
+    "peft.extra.alpha_pattern={v_porj:4}": "peft.extra.alpha_pattern : v_porj matches no module",
+    "peft.extra.exclude_modules=[down_prj]": "peft.extra.exclude_modules : down_prj matches no module",
+    "peft.extra.exclude_modules='.*down_prj'": "peft.extra.exclude_modules : .*down_prj matches no module",
+    "peft.extra.target_parameters=[mlp.experts.gate_proj]": "peft.extra.target_parameters : mlp.experts.gate_proj matches",
+    "peft.target_modules=[q_proj] peft.extra.layers_to_transform=[0,7]": "peft.extra.layers_to_transform : there is no layer 7 (allowed: 0 to 1)",
+    "peft.target_modules=[q_proj] peft.extra.layers_pattern=blocks": "peft.extra.layers_pattern : blocks matches no module",
+    "peft.extra.trainable_token_indices={embed_tokns:[1]}": "peft.extra.trainable_token_indices : embed_tokns matches",
 }
 RIGHT = [
     "peft.target_modules=[q_proj,layers.0.self_attn.v_proj]",
     "peft.modules_to_save=[lm_head]",
-    "+peft.extra.rank_pattern={q_proj:4,'layers.1.mlp.down_proj':2}",
-    "+peft.extra.exclude_modules=[down_proj]",
-    "+peft.extra.layers_to_transform=[1]",
-    "+peft.extra.trainable_token_indices={embed_tokens:[1]}",
+    "peft.extra.rank_pattern={q_proj:4,down_proj:2}",
+    "peft.extra.exclude_modules=[down_proj]",
+    "peft.target_modules=[q_proj] peft.extra.layers_to_transform=[1]",
+    "peft.extra.trainable_token_indices={embed_tokens:[1]}",
 ]
 
 
 @pytest.mark.parametrize(("word", "told"), WRONG.items(), ids=WRONG)
 def test_a_name_that_matches_nothing_is_refused(main: Callable[..., Any], tmp_path: Path, word: str, told: str) -> None:
-    result = main("plan", "model=tiny_llama", *QUICK, word.replace("+", ""))
+    result = main("plan", "model=tiny_llama", *QUICK, *word.split())
     assert (result.returncode, told in result.stderr) == (2, True), result.stderr
 
 
 @pytest.mark.parametrize("word", RIGHT)
 def test_names_that_match_are_taken(main: Callable[..., Any], tmp_path: Path, word: str) -> None:
-    result = main("plan", "model=tiny_llama", *QUICK, word.replace("+", ""))
+    result = main("plan", "model=tiny_llama", *QUICK, *word.split())
     assert result.returncode == 0, result.stderr
 
 

@@ -21,7 +21,7 @@ from sft_lab.runs import RunDirectory
 def main(argv: Sequence[str]) -> int:
     command = command_line.parse(argv)
     run_dir = command_line.check(command) if command.composes else None
-    missing = {p.resolve() for p in run_dir.parents if not p.exists()} if run_dir else set()
+    missing = {p.resolve() for p in (run_dir, *run_dir.parents) if not p.exists()} if run_dir else set()
 
     def task(cfg: DictConfig) -> None:
         try:
@@ -88,7 +88,7 @@ def _run_one(cfg: DictConfig) -> None:
 
 def _discard_empty(run_dir: Path, missing: set[Path]) -> None:
     """Undo the directories that Hydra made for a run that was refused before it wrote anything."""
-    for folder in (run_dir, *(p for p in run_dir.parents if p in missing)):
+    for folder in (p for p in (run_dir, *run_dir.parents) if p in missing):
         if any(folder.iterdir()):
             return
         folder.rmdir()

@@ -205,7 +205,7 @@ def _facts(tokenizer: Any, template: Template) -> _Facts:
         ends=ends,
         markers=ends | frozenset(tokenizer.added_tokens_decoder),
         vocabulary=len(tokenizer),
-        unknown=None if unknown in {*ends, tokenizer.bos_token_id, tokenizer.pad_token_id} else unknown,
+        unknown=None if unknown in {*ends, tokenizer.bos_token_id} else unknown,
         specials=re.compile("|".join(map(re.escape, sorted(specials)))),
         prompt_differs=answered.startswith(asked) and ids[1][: len(ids[0])] != ids[0],
     )

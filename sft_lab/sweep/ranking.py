@@ -20,7 +20,8 @@ _CONFIDENCE = 0.975  # both sides of 5 %
 _EVALUATED_ON = ("data.format", "data.eval_path", "data.eval_split", "data.eval_rows", "data.eval_fraction")
 _TRAINED_ON = ("data.source", "data.path", "data.name", "data.split", "data.revision")
 _ANSWERS_DEPEND_ON = ("evaluation.rows", "evaluation.max_new_tokens")
-_LOSS_DEPENDS_ON = ("model.path", "model.revision", "chat_template.name", "chat_template.path", "data.loss",
+_LOSS_DEPENDS_ON = ("model.path", "model.revision", "chat_template.name", "chat_template.path",
+                    "chat_template.kwargs", "chat_template.date", "data.loss", "data.on_context_mismatch",
                     "trainer.max_length")  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from sft_lab import checks
+from sft_lab import checks, directories
 from sft_lab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def storage_of(place: str) -> Any:
     from sqlalchemy.exc import SQLAlchemyError
 
     if "://" not in place:
+        directories.require_journal(Path(place))
         return storages.JournalStorage(JournalFileBackend(place))
     try:
         return storages.RDBStorage(place)
