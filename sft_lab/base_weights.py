@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 # Buffers that older files hold and that are computed anew; no weights.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|position_ids|\.rotary_emb\.(cos|sin)_cached)$")
 _DRAWN = "they would be drawn at random, anew at each load"
-FINDINGS = ("missing_weights", "unexpected_weights")
+Problem = tuple[str, str]  # level and words of a finding
 
 
-def problems(loading: Mapping[str, Any]) -> dict[str, str]:
+def problems(loading: Mapping[str, Any], model: Any) -> dict[str, Problem]:
     """By the name of the finding, what of `from_pretrained`'s loading report makes a base another than its files.
 
     Args:
@@ -24,24 +26,70 @@ def problems(loading: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     if missing:
         told = f"{len(missing)} weights of the model are not in its files, the first is {missing[0]}: {_DRAWN}"
-        found["missing_weights"] = told
-        if unexpected:
-            found["missing_weights"] += f"; the files have others, such as {unexpected[0]}"
+        others = f"; the files have others, such as {unexpected[0]}" if unexpected else ""
+        found["missing_weights"] = ("error", told + others)
     elif mismatched:
         key, there, here = mismatched[0]
-        found["missing_weights"] = (
-            f"{len(mismatched)} weights have another shape in the model's files, the first is {key} ({list(there)} in "
-            f"the files, {list(here)} by config.json): {_DRAWN}"
-        )
+        told = f"{len(mismatched)} weights have another shape in the model's files, the first is {key}"
+        shapes = f"({list(there)} in the files, {list(here)} by config.json)"
+        found["missing_weights"] = ("error", f"{told} {shapes}: {_DRAWN}")
     if unexpected and not missing:
-        found["unexpected_weights"] = (
-            f"{len(unexpected)} weights in the files are none of the model's, the first is {unexpected[0]}: "
-            "config.json may be that of another model"
+        inside = [key for key in unexpected if _stands_inside(key, model)]
+        told = (
+            f"{len(unexpected)} weights in the files are none of the model's, the first is {(inside or unexpected)[0]}"
         )
+        why = ": config.json may be that of another model" if inside else ": a part that this model does not have"
+        found["unexpected_weights"] = ("error" if inside else "warning", told + why)
     return found
 
 
-def refused(loading: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
-    """The problems that preflight.allow does not let through, as sentences."""
-    found = problems(loading)
-    return [f"{told} (preflight.allow=[{name}] lets it through)" for name, told in found.items() if name not in allowed]
+def _stands_inside(key: str, model: Any) -> bool:
+    """Whether a weight belongs to a part that the model has, such as another layer; a value head or an image tower, of
+    a model of another task, stands beside it.
+    """
+    prefix = model.base_model_prefix
+    names = {name for name, _ in model.named_modules()} - {"", prefix}
+    parts = key.split(".")
+    paths = [".".join(parts[:length]) for length in range(1, len(parts))]
+    return any(path in names or f"{prefix}.{path}" in names for path in paths)
+
+
+def refused(loading: Mapping[str, Any], model: Any, allowed: Collection[str]) -> list[str]:
+    """The errors that preflight.allow does not let through, as sentences."""
+    found = problems(loading, model)
+    return [
+        f"{told} (preflight.allow=[{name}] lets it through)"
+        for name, (level, told) in found.items()
+        if level == "error" and name not in allowed
+    ]
+
+
+def reported(folder: Path, model: Any) -> dict[str, Any]:
+    """What loading the files of a directory would report, from their headers alone; empty where there are none.
+
+    Transformers loads tensors without numbers, with all that it renames, joins, ties and ignores.
+
+    Args:
+        model: of the architecture, on the meta device.
+    """
+    from transformers.modeling_utils import load_state_dict
+
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        return {}
+    headers: dict[str, Any] = {}
+    for file in files:
+        headers |= load_state_dict(str(file), map_location="meta")
+    try:
+        _, loading = type(model).from_pretrained(
+            None,
+            config=copy.deepcopy(model.config),
+            state_dict=headers,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except RuntimeError as error:  # experts of which some are not there cannot be joined
+        first = next(line for line in str(error).splitlines() if line.strip())
+        return {"missing_keys": [f"of a group that cannot be put together ({first})"]}
+    return dict(loading)

@@ -197,7 +197,9 @@ def load_model(config: Config) -> Any:
             )
         # Of ranks that share the weights each reads a part of them; the preflight has looked at all.
         problems = (
-            base_weights.refused(loading, config.preflight.allow) if not config.distributed.shards_weights else []
+            base_weights.refused(loading, loaded, config.preflight.allow)
+            if not config.distributed.shards_weights
+            else []
         )
         if problems:
             raise ConfigError([f"model.path={model.path} : {problem}" for problem in problems])

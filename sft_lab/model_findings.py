@@ -22,9 +22,9 @@ def of_model(config: Config, data: Prepared, report: Report) -> None:
     Raises:
         PreflightError: the adapter does not fit the architecture, or a name in `peft` matches nothing of it.
     """
-    base, loading = _without_weights(config)
-    for name, told in base_weights.problems(loading).items():
-        report.add(name, "error", told)
+    base, loading = without_weights(config)
+    for name, (level, told) in base_weights.problems(loading, base).items():
+        report.add(name, level, told)
     new_rows = models.fit_embeddings(base, data.tokenizer)
     _quantised(config, base, report)
     model = _with_adapter(config, data, base, new_rows)
@@ -38,22 +38,20 @@ def of_model(config: Config, data: Prepared, report: Report) -> None:
     _vocabulary(data, model.get_input_embeddings().weight.shape[0], report)
 
 
-def _without_weights(config: Config) -> tuple[Any, dict[str, Any]]:
-    """The base on the meta device, and what loading it reports; nothing where its weights are not here to be read."""
+def without_weights(config: Config) -> tuple[Any, dict[str, Any]]:
+    """The base on the meta device, and what loading it would report; nothing where its files are not here to be read."""
     import torch
     from transformers import AutoModelForCausalLM
 
     architecture = models.load_config(config.model)
     path, trust = embedded.resolve(config.model.path), config.model.trust_remote_code
-    plain = not config.model.extra and not getattr(architecture, "quantization_config", None)
+    with models.told(config.model), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=trust)
+    plain = not config.model.extra and not trust and not getattr(architecture, "quantization_config", None)
+    if not plain or not Path(path).is_dir():
+        return model, {}
     with models.told(config.model):
-        if plain and Path(path).is_dir():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                path, device_map="meta", trust_remote_code=trust, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-            return model, loading
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trust), {}
+        return model, base_weights.reported(Path(path), model)
 
 
 def _with_adapter(config: Config, data: Prepared, base: Any, new_rows: range) -> Any:

@@ -62,8 +62,9 @@ def config_of(folder: Path, *words: str) -> Config:
     return configs.to_config(configs.compose(["model=from_path", f"model.path={folder}", "tracking=none", *words]))
 
 
-def problems(folder: Path) -> dict[str, str]:
-    return base_weights.problems(model_findings._without_weights(config_of(folder))[1])
+def problems(folder: Path) -> dict[str, base_weights.Problem]:
+    model, loading = model_findings.without_weights(config_of(folder))
+    return base_weights.problems(loading, model)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -82,6 +83,26 @@ def reconfigure(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sound_base_of_any_family_is_taken(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     assert problems(made(tmp_path, family, **options)) == {}
+
+
+def test_a_part_of_a_model_of_another_task_is_only_told(tmp_path: Path) -> None:
+    made(tmp_path)
+    rewrite(tmp_path, lambda t: {**t, "v_head.summary.weight": torch.ones(1, 32)})
+    assert problems(tmp_path)["unexpected_weights"][0] == "warning"
+
+
+def test_an_expert_that_is_not_there_is_told(tmp_path: Path) -> None:
+    made(tmp_path, "mixtral")
+    (lost,) = [name for name in load_file(tmp_path / "model.safetensors") if "0.block_sparse_moe.experts.1.w1" in name]
+    rewrite(tmp_path, lambda t: {name: tensor for name, tensor in t.items() if name != lost})
+    assert problems(tmp_path)["missing_weights"][0] == "error"
+
+
+def test_a_base_in_torchs_own_files_is_taken(tmp_path: Path) -> None:
+    made(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    assert problems(tmp_path) == {}
 
 
 def test_buffers_that_older_files_hold_stop_nothing(tmp_path: Path) -> None:
@@ -152,7 +173,7 @@ def test_the_share_that_is_quantised_is_the_loaded_models(tmp_path: Path, family
     from transformers import AutoModelForCausalLM
 
     made(tmp_path, family)
-    base, _ = model_findings._without_weights(config_of(tmp_path))
+    base, _ = model_findings.without_weights(config_of(tmp_path))
     left, total = targets.unquantised(base, quant.skipped(QuantConfig(method=method), base))
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=quant.build(QuantConfig(method=method), "float32"), device_map={"": "cpu"}

@@ -103,7 +103,7 @@ def test_matrices_of_an_adapted_model_are_counted_once(tmp_path: Path) -> None:
     config = config_of(made(tmp_path), "peft.target_modules=[q_proj]")
     from peft import get_peft_model
 
-    base, _ = model_findings._without_weights(config)
+    base, _ = model_findings.without_weights(config)
     model = get_peft_model(base, adapter.build(config.peft), low_cpu_mem_usage=True)
     left, total = targets.without_adapter(model)
     assert total == 2 * (4 * 32 * 32 + 3 * 32 * 64)
