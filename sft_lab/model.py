@@ -195,13 +195,9 @@ def load_model(config: Config) -> Any:
             loaded, loading = AutoModelForCausalLM.from_pretrained(
                 path, **{"ignore_mismatched_sizes": True, **arguments}, output_loading_info=True
             )
+        problems = base_weights.refused(loading, loaded, config.preflight.allow)
         # Of ranks that share the weights each reads a part of them; the preflight has looked at all.
-        problems = (
-            base_weights.refused(loading, loaded, config.preflight.allow)
-            if not config.distributed.shards_weights
-            else []
-        )
-        if problems:
+        if problems and not config.distributed.shards_weights:
             raise ConfigError([f"model.path={model.path} : {problem}" for problem in problems])
         if config.quant.method == "bnb_4bit":
             quant.keep_packing(loaded)

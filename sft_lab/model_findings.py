@@ -39,7 +39,7 @@ def of_model(config: Config, data: Prepared, report: Report) -> None:
 
 
 def without_weights(config: Config) -> tuple[Any, dict[str, Any]]:
-    """The base on the meta device, and what loading it would report; nothing where its files are not here to be read."""
+    """The base on the meta device, and what loading it would report; empty where its files are not on this machine."""
     import torch
     from transformers import AutoModelForCausalLM
 
