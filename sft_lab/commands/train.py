@@ -21,13 +21,14 @@ from sft_lab.runs import RunDirectory
 def main(argv: Sequence[str]) -> int:
     command = command_line.parse(argv)
     run_dir = command_line.check(command) if command.composes else None
-    missing = {p.resolve() for p in (run_dir, *run_dir.parents) if not p.exists()} if run_dir else set()
+    missing = {p.resolve() for p in run_dir.parents if not p.exists()} if run_dir else set()
+    theirs = {run_dir.resolve()} if run_dir and run_dir.exists() else set()  # made, and left empty, by the user
 
     def task(cfg: DictConfig) -> None:
         try:
             _run_one(cfg)
         except SftLabError as error:
-            _discard_empty(Path(HydraConfig.get().runtime.output_dir), missing)
+            _discard_empty(Path(HydraConfig.get().runtime.output_dir), missing, theirs)
             raise Leave(error) from error
 
     composing.register()
@@ -86,9 +87,9 @@ def _run_one(cfg: DictConfig) -> None:
     start(config, RunDirectory(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task))
 
 
-def _discard_empty(run_dir: Path, missing: set[Path]) -> None:
+def _discard_empty(run_dir: Path, missing: set[Path], theirs: set[Path]) -> None:
     """Undo the directories that Hydra made for a run that was refused before it wrote anything."""
-    for folder in (p for p in (run_dir, *run_dir.parents) if p in missing):
+    for folder in (p for p in (run_dir, *run_dir.parents) if p in missing or (p == run_dir and p not in theirs)):
         if any(folder.iterdir()):
             return
         folder.rmdir()

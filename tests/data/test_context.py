@@ -40,6 +40,8 @@ TEXT_ARGUMENTS = (  # as DeepSeek's: calls where the content is null, arguments 
     "+ '(' + m['tool_calls'][0]['function']['arguments'] + ')<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m['role'] + '\n' "
     "+ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As R1's, which asks for a thought.
+OPENED = CHAT.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 QUICK = ("data.eval_rows=0", "evaluation.rows=0", "trainer.max_steps=1", "tracking=none")
 
@@ -289,21 +291,17 @@ def test_the_final_words_of_an_answer_are_behind_its_thought() -> None:
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "deepseek_r1_distill", "chatml"])
+@pytest.mark.parametrize("family", ["qwen3", "opened", "chatml"])
 def test_a_model_that_has_learned_its_row_matches_it(main: Callable[..., Any], tmp_path: Path, family: str) -> None:
     """Whatever the template adds before the words, or opens in the prompt."""
-    thought = {"reasoning_content": "Of trees."} if family == "deepseek_r1_distill" else {}
-    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": row("Name a fruit", "Pear", **thought).messages}))
+    answer = "<think>\nOf trees.\n</think>\n\nPear" if family == "opened" else "Pear"
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": row("Name a fruit", answer).messages}))
     template = ["chat_template=chatml"]
     if family != "chatml":
         from tests.test_base_weights import made as model_of
 
         folder = model_of(tmp_path / "base", hidden_size=64)
-        own = (
-            (TRL_TEMPLATES / f"{family}.jinja")
-            .read_text(encoding="utf-8")
-            .replace("<｜end▁of▁sentence｜>", "<|im_end|>")
-        )
+        own = OPENED if family == "opened" else (TRL_TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
         (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
         template = ["model=from_path", f"model.path={folder}"]
     result = main(
