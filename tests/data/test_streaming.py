@@ -69,6 +69,33 @@ def test_pass_follows_on_pass_the_same_from_every_start(tmp_path: Path) -> None:
         assert read == [*drawn(settings), *drawn(settings, 1), *drawn(settings, 2)]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_order_does_not_depend_on_the_workers(tmp_path: Path, workers: int) -> None:
+    settings = config(written(tmp_path / "rows.jsonl", ROWS))
+    rows = streaming.training_rows(settings, prepare(settings))
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=workers)
+    assert [row["input_ids"] for row in itertools.islice(loader, 2 * len(ROWS))] == [
+        *drawn(settings),
+        *drawn(settings, 1),
+    ]
+
+
+def test_rows_left_out_are_told_once_and_a_few_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(
+        tmp_path / "rows.jsonl", [*ROWS, *({"prompt": f"{i}", "completion": "word " * 300} for i in range(40))]
+    )
+    settings = config(path)
+    rows = streaming.training_rows(settings, prepare(settings))
+    with caplog.at_level(logging.INFO, logger="sft_lab"):
+        list(itertools.islice(rows, 3 * len(ROWS)))
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    counts = [
+        message.count("rows.jsonl:") + int(message.partition(" and ")[2].partition(" ")[0] or 0) for message in told
+    ]
+    assert sum(counts) == 40
+    assert all(message.count("rows.jsonl:") <= 5 for message in told)
+
+
 def test_a_stream_of_nothing_ends(tmp_path: Path) -> None:
     """A file that another one replaced after it was looked at."""
     path = written(tmp_path / "rows.jsonl", ROWS)
@@ -176,11 +203,12 @@ def test_resumed_in_a_later_pass_it_is_as_if_never_stopped(tmp_path: Path, accum
         "trainer.max_steps=12",
         "peft.lora_dropout=0.1",
     ]
-    more = [f"trainer.gradient_accumulation_steps={accumulation}", f"trainer.dataloader_num_workers={workers}"]
-    settings = config(path, *sizes, *more)
-    data = prepare(settings)
+    sizes.append(f"trainer.gradient_accumulation_steps={accumulation}")
+    data = prepare(config(path, *sizes))
 
     def train(name: str, stop: int = 0, checkpoint: str | None = None) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        count = workers if checkpoint else 0  # which may change on the way
+        settings = config(path, *sizes, f"trainer.dataloader_num_workers={count}")
         trainer = trainers.build(settings, RunDirectory(tmp_path / name), data, [StopAt(stop)])
         seen = watch(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
