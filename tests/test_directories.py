@@ -70,11 +70,13 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("mine", MINE)
-@pytest.mark.parametrize("words", NEW_RUN.values(), ids=NEW_RUN)
-def test_a_run_or_sweep_does_not_begin_among_a_users_files(
-    main: Main, tmp_path: Path, words: tuple[str, ...], mine: str
-) -> None:
+# Each thing alone for one run and one sweep, and all of it at once for every way to begin one.
+BEGUN = [(name, mine) for name in NEW_RUN for mine in (MINE if name in ("plan", "dry run") else ("everything", "data"))]
+
+
+@pytest.mark.parametrize(("name", "mine"), BEGUN)
+def test_a_run_or_sweep_does_not_begin_among_a_users_files(main: Main, tmp_path: Path, name: str, mine: str) -> None:
+    words = NEW_RUN[name]
     put(tmp_path / "mine", MINE[mine])
     before = contents(tmp_path)
     result = main(*(word.format(root=tmp_path) for word in words))

@@ -189,7 +189,6 @@ class Row:
         self._assistant = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         ranges = joined(marked)
         self._marks = dict(zip(self._assistant, ranges, strict=True)) if len(ranges) == len(self._assistant) else {}
-        self._prompts: dict[int, str | RowError] = {}
 
     # ------------------------------------------------------------------------------------------------ what it holds
 
