@@ -108,9 +108,13 @@ def _is_lock(entry: Path) -> bool:
 
 
 def left_by_run(entry: Path) -> bool:
-    """Whether it is what a run leaves that ended before its config was written, or a trial that could not begin."""
+    """Whether it is what a run leaves that ended before its config was written, or a trial that could not begin.
+
+    An empty directory is nobody's file: checkpoints/ may be another disk, mounted there beforehand.
+    """
     return (
         _is_lock(entry)
+        or (entry.is_dir() and not any(entry.iterdir()))
         or entry.name == ".reserve"
         or _passing(entry)
         or (entry.name == "overrides.yaml" and (entry.parent / ".lock").is_file())

@@ -153,6 +153,7 @@ def test_what_a_run_leaves_that_was_killed_early_is_begun_in_again(tmp_path: Pat
             "status.json": json.dumps({"state": "failed", "error": "no", "step": 0}),
         },
     )
+    (tmp_path / "checkpoints").mkdir()  # another disk, perhaps
     RunDirectory(tmp_path).require_free()
     (tmp_path / ".lock").unlink()
     with pytest.raises(ConfigError, match=r"holds the file overrides\.yaml"):
