@@ -263,8 +263,8 @@ class Page(HTMLParser):
 
 def test_html_is_one_whole_page_that_needs_nothing_else(folder: Path, capsys: Capture) -> None:
     write(folder / "rows.jsonl", [{"prompt": "<script>alert(1)</script>", "completion": "it is 7 &amp; <b>more</b>"}])
-    (folder / "page.html").write_text("what was there before")
-    assert main(["inspect", *WORDS, "--html", "page.html"]) == 0
+    for _ in range(2):  # a page of its own is written anew
+        assert main(["inspect", *WORDS, "--html", "page.html"]) == 0
     assert capsys.readouterr().out == ""
     assert sorted(path.name for path in folder.iterdir()) == ["page.html", "rows.jsonl"]
     page = Page()

@@ -123,7 +123,7 @@ def test_text_has_errors_first_then_warnings_then_facts(folder: Path, capsys: py
     assert levels == sorted(levels, key=["error", "warning", "fact"].index)
     assert set(levels) == {"error", "warning", "fact"}
     assert lines[0].split(maxsplit=2)[:2] == ["error", "extra_eos"]
-    assert lines[0].endswith("5 rows end a turn with its end token twice")
+    assert lines[0].endswith("5 of 19 rows end a turn with its end token twice")
     assert [line.strip() for line in lines[1:5]] == [*(f"rows.jsonl:{n}" for n in (13, 14, 15)), "and 2 more"]
     assert any("empty_answer" in line for line in lines)
     assert "cache" in shown.err
