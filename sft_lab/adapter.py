@@ -24,7 +24,8 @@ def build(peft: PeftConfig, new_tokens: dict[str, list[int]] | None = None) -> A
     from peft import LoraConfig
 
     extra = dict(peft.extra)
-    tokens = _all_tokens(new_tokens or {}, extra.pop("trainable_token_indices", None), peft.modules_to_save)
+    whole = [*peft.modules_to_save, *peft.target_modules]  # are saved whole, or whole where they have grown
+    tokens = _all_tokens(new_tokens or {}, extra.pop("trainable_token_indices", None), whole)
     targets: Any = peft.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",

@@ -13,6 +13,7 @@ from sft_lab import model as models
 from sft_lab.data.formats import Message
 from sft_lab.data.prepare import evaluation_rows
 from sft_lab.data.prepared import Prepared, asking
+from sft_lab.data.spans import renderer
 from sft_lab.data.template import Template
 from sft_lab.data.tokenize import IGNORE
 from sft_lab.errors import PreflightError, RunError
@@ -80,9 +81,7 @@ class Finished:
 
     def answer(self, messages: list[Message], max_new_tokens: int) -> str:
         """The greedy answer to a conversation that ends with the user's turn."""
-        prompt = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.config.chat_template.kwargs
-        )
+        prompt = renderer(self.tokenizer, self.template).prompt(messages)
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return evaluate.generate(self.model, self.tokenizer, [ids], self.template.ends, max_new_tokens, 1)[0]
 

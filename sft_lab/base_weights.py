@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 # Buffers that older files hold and that are computed anew; no weights.
-_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|position_ids|\.rotary_emb\.(cos|sin)_cached)$")
+_COMPUTED = re.compile(
+    r"(rotary_emb\.(inv_freq|(cos|sin)_cached)|(attn|attention)\.(masked_)?bias|causal_mask|position_ids)$"
+)
 _DRAWN = "they would be drawn at random, anew at each load"
 Problem = tuple[str, str]  # level and words of a finding
 
@@ -64,6 +67,17 @@ def refused(loading: Mapping[str, Any], model: Any, allowed: Collection[str]) ->
     ]
 
 
+def _files(folder: Path) -> list[Path]:
+    """Those that Transformers reads; beside them may lie the same weights for other programs."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [folder / shard for shard in sorted({*json.loads(index.read_text())["weight_map"].values()})]
+    return []
+
+
 def reported(folder: Path, model: Any) -> dict[str, Any]:
     """What loading the files of a directory would report, from their headers alone; empty where there are none.
 
@@ -74,7 +88,7 @@ def reported(folder: Path, model: Any) -> dict[str, Any]:
     """
     from transformers.modeling_utils import load_state_dict
 
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = _files(folder)
     if not files:
         return {}
     headers: dict[str, Any] = {}

@@ -64,7 +64,8 @@ def drop_torn(run: RunDirectory) -> None:
 def keep(run: RunDirectory, limit: int) -> None:
     """Delete the oldest ones, so that the newest `limit` stay."""
     for checkpoint in sorted(_all(run), key=step_of)[:-limit]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        if directories.foreign_in_checkpoint(checkpoint) is None:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def saved_bytes(run: RunDirectory) -> int:

@@ -15,15 +15,19 @@ import yaml
 from sft_lab.errors import ConfigError
 
 _SECTIONS = {"seed", "model", "peft", "data", "trainer"}  # of every run's config.yaml
+_STATES = ("running", "completed", "failed", "interrupted")
 _TEMPORARY = re.compile(r"\.(?!\.).+\.[0-9a-f]{8}\.tmp")  # what a killed process leaves of a file half written
 _LAUNCHERS = re.compile(r"\.submitit|\.hydra|multirun\.yaml|slurm-.+\.(out|err)")  # logs and records of launchers
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What the Trainer, PEFT, Accelerate and DeepSpeed put into a checkpoint, and our own files beside it.
 _OF_CHECKPOINTS = re.compile(
     r"whole\.json|unlogged\.json|trainer_state\.json|training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)"
-    r"|rng_state.*\.pth|adapter_config\.json|adapter_model\.(safetensors|bin)|(model|pytorch_model).*"
-    r"|config\.json|generation_config\.json|README\.md|chat_template\.jinja|.*token.*|vocab\..*|merges\.txt"
-    r"|optimizer_\d+|global_step\d+|latest|zero_to_fp32\.py|\..+\.tmp"
+    r"|rng_state.*\.pth|random_states_\d+\.pkl|adapter_config\.json|adapter_model\.(safetensors|bin)"
+    r"|(model|pytorch_model)[-_.\w]*\.(safetensors|bin|json)|pytorch_model_fsdp_\d+|optimizer_\d+"
+    r"|(generation_|processor_|preprocessor_)?config\.json|config(uration|_)\w*\.py|(modeling|tokenization)_\w+\.py"
+    r"|README\.md|chat_template\.jinja|additional_chat_templates|(tokenizer|tokenizer_config|added_tokens)\.json"
+    r"|special_tokens_map\.json|vocab\.\w+|merges\.txt|tekken\.json|[\w.]*\.model|global_step\d+|latest"
+    r"|zero_to_fp32\.py|\..+\.tmp"
 )
 PAGE_MARK = '<meta name="generator" content="sft_lab">'  # in every page that is written
 
@@ -43,7 +47,7 @@ def is_config(path: Path) -> bool:
 def is_status(path: Path) -> bool:
     """Whether a file is the status.json of a run."""
     found = _json(path)
-    return isinstance(found, dict) and found.keys() >= {"state", "error", "step"}
+    return isinstance(found, dict) and found.get("state") in _STATES
 
 
 def is_ledger(path: Path) -> bool:
@@ -82,7 +86,9 @@ def require_for_sweep(path: Path) -> None:
     _require_directory(path, option)
     if is_ledger(path / "sweep.json"):
         return
-    entry = next((entry for entry in _entries(path) if not _is_lock(entry) and not _passing(entry)), None)
+    entry = next(
+        (entry for entry in _entries(path) if not (_is_lock(entry) or _is_empty(entry) or _passing(entry))), None
+    )
     if entry is not None:
         raise _occupied(path, entry, option)
 
@@ -102,6 +108,11 @@ def _passing(entry: Path) -> bool:
     return bool(_TEMPORARY.fullmatch(entry.name) or _LAUNCHERS.fullmatch(entry.name))
 
 
+def _is_empty(entry: Path) -> bool:
+    """Whether there is no file in a directory, nor in those below."""
+    return entry.is_dir() and not any(path.is_symlink() or not path.is_dir() for path in entry.rglob("*"))
+
+
 def _is_lock(entry: Path) -> bool:
     """Whether it is a run's lock, which is empty, or a sweep's, which names its process."""
     return entry.name == ".lock" and entry.is_file() and entry.read_bytes()[:8] in (b"", b"process ")
@@ -114,7 +125,7 @@ def left_by_run(entry: Path) -> bool:
     """
     return (
         _is_lock(entry)
-        or (entry.is_dir() and not any(entry.iterdir()))
+        or _is_empty(entry)
         or entry.name == ".reserve"
         or _passing(entry)
         or (entry.name == "overrides.yaml" and (entry.parent / ".lock").is_file())
@@ -150,12 +161,17 @@ def require_replaceable(path: Path, *marks: str) -> None:
         )
 
 
+def foreign_in_checkpoint(path: Path) -> Path | None:
+    """The first file in a checkpoint's directory that is none that training writes."""
+    return next((entry for entry in sorted(path.iterdir()) if not _OF_CHECKPOINTS.fullmatch(entry.name)), None)
+
+
 def require_own_checkpoint(path: Path) -> None:
     """
     Raises:
         ConfigError: a file in a checkpoint's directory is none that training writes, so that it is not deleted.
     """
-    entry = next((e for e in sorted(path.iterdir()) if not _OF_CHECKPOINTS.fullmatch(e.name)), None)
+    entry = foreign_in_checkpoint(path)
     if entry is not None:
         raise ConfigError(
             f"{path}: is not complete and holds {entry.name}, which no run wrote, so it is not deleted (allowed: to "

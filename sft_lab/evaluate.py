@@ -9,10 +9,9 @@ from typing import Any
 
 from sft_lab import config as configs
 from sft_lab import ranks
+from sft_lab.data.tokenize import decoded
 from sft_lab.errors import ConfigError
 from sft_lab.schema import EvaluationConfig
-
-_THOUGHT_ENDS = ("</think>", "[/THINK]", "<|END_THINKING|>", "<channel|>", "<|channel|>final<|message|>")
 
 
 def final_words(answer: str) -> str:
@@ -21,9 +20,8 @@ def final_words(answer: str) -> str:
     A thought may be opened by the prompt, and an empty one written by the chat template; one that is never closed has
     no words behind it.
     """
-    for end in _THOUGHT_ENDS:
-        if end in answer:
-            return answer.rpartition(end)[2].strip()
+    if "</think>" in answer:
+        return answer.rpartition("</think>")[2].strip()
     return "" if answer.lstrip().startswith("<think>") else answer.strip()
 
 
@@ -81,7 +79,7 @@ def generate(
             ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=in_step)
             for i, tokens in zip(batch, out[:, ids.shape[1] :], strict=True):
-                answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+                answers[i] = decoded(tokenizer, _until_end(tokens.tolist(), settings))
     model.train(was_training)
     return answers
 
@@ -116,6 +114,12 @@ def _greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> Any:
     return GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
     )
+
+
+def _until_end(tokens: list[int], settings: Any) -> list[int]:
+    """An answer's tokens without the one that ends it and the padding behind."""
+    stops = {*settings.eos_token_id}
+    return tokens[: next((i for i, token in enumerate(tokens) if token in stops), len(tokens))]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any) -> tuple[Any, Any]:

@@ -134,6 +134,7 @@ _NOTES = {
         "rows end a learned turn with a token at which an answer does not stop, since another message follows "
         "(data.on_context_mismatch=split trains such turns apart, each with the end that it has as the last)",
     ),
+    "template_kwargs_unread": ("warning", "rows have chat_template_kwargs that the chat template does not read"),
     "unknown_token": ("warning", "rows learn the unknown token, for characters that the tokenizer does not have"),
     "prompt_tokens_differ": ("warning", "rows have a prompt that is cut into other tokens than it is when alone"),
     "text": ("fact", "rows are plain text, all of it learned"),

@@ -63,9 +63,12 @@ def _with_adapter(config: Config, data: Prepared, base: Any, new_rows: range) ->
         raise PreflightError(found)
     try:
         lora = adapter.build(config.peft, adapter.new_tokens(base, data.template, data.tokenizer, new_rows))
-        return get_peft_model(base, lora, low_cpu_mem_usage=True)
+        model = get_peft_model(base, lora, low_cpu_mem_usage=True)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise PreflightError(_refusal(config, str(error))) from None
+    if found := targets.without_effect(config.peft, model):
+        raise PreflightError(found)
+    return model
 
 
 def _refusal(config: Config, told: str) -> str:

@@ -32,7 +32,7 @@ def problems(peft: PeftConfig, model: Any) -> list[str]:
     found = [
         *_unmatched("peft.target_modules", targets, modules, adaptable),
         *_unmatched("peft.modules_to_save", peft.modules_to_save, modules, leaves),
-        *_unmatched("peft.extra.target_parameters", extra.get("target_parameters") or [], parameters, weights),
+        *_unmatched("peft.extra.target_parameters", _names(extra.get("target_parameters")), parameters, weights),
         *_patterns("peft.extra.rank_pattern", extra.get("rank_pattern") or {}, modules + parameters, adaptable),
         *_patterns("peft.extra.alpha_pattern", extra.get("alpha_pattern") or {}, modules + parameters, adaptable),
         *_unmatched("peft.extra.trainable_token_indices", tokens if isinstance(tokens, dict) else [], modules, leaves),
@@ -43,6 +43,28 @@ def problems(peft: PeftConfig, model: Any) -> list[str]:
     else:
         found += _unmatched("peft.extra.exclude_modules", excluded, modules, leaves)
     return found
+
+
+def without_effect(peft: PeftConfig, model: Any) -> list[str]:
+    """Names that match something of the base and nothing that has an adapter.
+
+    Args:
+        model: the base with the adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    adapted += [f"{name}.{m.parameter_name}" for name, m in model.named_modules() if hasattr(m, "parameter_name")]
+    leaves = sorted({name.rpartition(".")[2] for name in adapted if name.rpartition(".")[2] != "base_layer"})
+    targets = [] if peft.target_modules == ["all-linear"] else peft.target_modules
+    found = [problem for name in targets for problem in _unmatched("peft.target_modules", [name], adapted, leaves)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        found += _patterns(f"peft.extra.{key}", peft.extra.get(key) or {}, adapted, leaves)
+    return [problem.replace("no module of this model", "nothing that gets an adapter") for problem in found]
+
+
+def _names(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or [])
 
 
 def _is_adaptable(module: Any) -> bool:

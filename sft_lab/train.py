@@ -77,6 +77,7 @@ def _run(config: Config, run: RunDirectory, data: Prepared, stop: Stop, callback
         saving = Saving(run, config.trainer.save_minutes, config.trainer.save_total_limit, keep_unlogged)
         watching = [Opening(open_training), metrics, saving, stop, *callbacks, *tracker.callbacks]
         trainer = trainers.build(config, run, data, watching)
+        trainer.args.save_total_limit = None  # `saving` takes the oldest checkpoints away
         trained = adapter.trained(trainer.model)
         metrics.counter = TokenCounter(trainer.model, data.tokenizer.pad_token_id, metrics.past_tokens)
         try:

@@ -174,7 +174,6 @@ def build(config: Config, run: RunDirectory, data: Prepared, callbacks: list[Any
         callbacks=callbacks,
     )
     adapter.save_what_is_trained(trainer.model)
-    trainer.args.save_total_limit = None  # callbacks.Saving takes the oldest away
     if stream is None:  # SFTTrainer takes nothing but a datasets.Dataset, its loop takes any
         trainer.train_dataset = TrainingRows(data.train, data.column("length"), config, collator.pad_token_id)
     distributed.keep_precision(trainer)

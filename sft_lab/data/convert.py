@@ -178,7 +178,7 @@ class Converter:
         Raises:
             LeftOut, _TooLong: as `_shorten` does, of all of it.
         """
-        whole = example if len(turns) == 1 else None
+        whole = example if len(turns) == 1 and not turns[0].apart else None
         fitting: list[Encoded] = []
         lost = 0
         for encoded in turns:

@@ -54,6 +54,8 @@ def read_parts(content: list[Any], where: str, role: str, unread: set[str]) -> P
 
 def _add(part: Mapping[str, Any], where: str, role: str, parts: Parts, unread: set[str]) -> None:
     type_ = part.get("type")
+    if not isinstance(type_, str):
+        raise RowError(f"{where} has type {reprlib.repr(type_)} (allowed: {', '.join(ALLOWED)})")
     if type_ in _WORDS:
         words, key = _value(part, _WORDS[type_], where)
         if words.strip() and parts.calls:

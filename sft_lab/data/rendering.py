@@ -210,6 +210,13 @@ def _parsed(text: str) -> nodes.Template:
     return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
 
 
+# Of roles, keys and types, which templates compare with what is no word of a message.
+_NAMES = {
+    *("system", "user", "assistant", "tool", "developer", "ipython", "model", "function", "role", "content", "text"),
+    *("tool_calls", "reasoning_content", "name", "type", "arguments", "image", "video", "audio", "string", "object"),
+}
+
+
 def reads(text: str) -> set[str]:
     """The variables that a template takes from outside."""
     return meta.find_undeclared_variables(_parsed(text))
@@ -220,7 +227,7 @@ def tested_words(text: str) -> set[str]:
     found: set[str] = set()
     for node in _parsed(text).find_all((nodes.Compare, nodes.Call, nodes.Filter)):
         found |= set(_constants(node))
-    return {words for words in found if words.strip() and not re.fullmatch(r"[a-z_]+", words)}
+    return {words for words in found - _NAMES if words.strip()}
 
 
 def _constants(node: nodes.Node) -> Iterator[str]:
@@ -246,5 +253,5 @@ def with_date(text: str, day: str) -> str:
     return (
         f"{{%- set sft_lab_dates = {json.dumps(known, ensure_ascii=False)} -%}}"
         "{%- macro strftime_now(format) -%}{{ sft_lab_dates[format] if format in sft_lab_dates else "
-        "raise_exception('the format of a date is not written out in the template') }}{%- endmacro -%}" + text
+        "raise_exception('the format of a date is not written out in the template') }}{%- endmacro %}{{ '' }}" + text
     )

@@ -82,6 +82,11 @@ class Renderer:
             raise _refused(error) from None
 
     @cached_property
+    def reads(self) -> set[str]:
+        """Names of the variables that it takes from outside."""
+        return rendering.reads(self.text) | rendering.reads(self.asking)
+
+    @cached_property
     def marked(self) -> bool:
         return is_marked(self.text)
 
@@ -136,6 +141,11 @@ class Renderer:
             "results": ([ASK, call(), result()], None),
         }
         return {what for what, probe in probes.items() if not self._may_write(*probe)}
+
+    @cached_property
+    def writes_system(self) -> bool:
+        """Whether a system prompt is written at all; its words alone may stand in a header, or in a question, too."""
+        return self._may_write([{"role": "system", "content": PROBE}, ASK, {**ANSWER, "content": "!"}], None)
 
     def _may_write(self, messages: list[Message], tools: Any) -> bool:
         try:
@@ -197,6 +207,8 @@ class Row:
         Raises:
             RowError: the template leaves out what the system, the user or a tool says.
         """
+        if self.messages[0]["role"] == "system" and self.messages[0]["content"].strip() and not self.rows.writes_system:
+            raise _left_out(0, "system")
         place = 0
         for message in self.messages:
             words = message["content"].strip()
@@ -210,10 +222,7 @@ class Row:
             return
         for i, message in enumerate(self.messages):
             if message["role"] != "assistant" and message["content"].strip() and self.layout[i] is None:
-                raise RowError(
-                    f"the chat template leaves out what message {i + 1} ({message['role']}) says "
-                    "(allowed: a chat_template that writes it, or a row without it)"
-                )
+                raise _left_out(i, message["role"])
 
     @cached_property
     def layout(self) -> list[Place | None]:
@@ -234,7 +243,7 @@ class Row:
             words = _words(message)
             if words:
                 content = message["content"]
-                cuts[i] = -(-len(words) // share)
+                cuts[i] = self._cut(words, -(-len(words) // share))
                 cut = content.rindex(words) + cuts[i]
                 message = {**message, "content": f"{content[:cut]}{base}{i}zq{content[cut:]}"}
             marked.append(message)
@@ -254,6 +263,10 @@ class Row:
             places[i] = None if i in seen and self.messages[i]["role"] == "assistant" else places[i] or found
             seen.add(i)
         return places if sentinel.sub("", text) == self.text else None
+
+    def _cut(self, words: str, place: int) -> int:
+        """Where a sentinel can stand: not inside of what the template looks for."""
+        return next((m.end() for m in self.rows.tested.finditer(words) if m.start() < place < m.end()), place)
 
     # ------------------------------------------------------------------------------------------- where turns lie
 
@@ -407,11 +420,11 @@ class Row:
         Raises:
             RowError: the template leaves them out or rewrites them.
         """
-        words, thought = _words(self.messages[i]), self.messages[i].get("reasoning_content", "").strip()
+        words, thoughts = _words(self.messages[i]), thoughts_of(self.messages[i])
         if not words:
-            behind = self.text.find(thought, start, limit) if thought else -1
-            return behind + len(thought) if behind >= 0 else start
-        if self.text.startswith(self.rows.own + words, start):
+            behind = self.text.find(thoughts[0], start, limit) if thoughts else -1
+            return behind + len(thoughts[0]) if behind >= 0 else start
+        if not thoughts and self.text.startswith(self.rows.own + words, start):
             return start + len(self.rows.own) + len(words)
         if (place := self.layout[i]) is None or not place.exact or place.start < start:
             raise RowError("the chat template leaves out or rewrites what an assistant turn says")
@@ -462,6 +475,13 @@ def _words(message: Message) -> str:
     """What any template writes of a content: some trim it, and some write an assistant's thought their own way."""
     content = message["content"]
     return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
+
+
+def _left_out(i: int, role: str) -> RowError:
+    return RowError(
+        f"the chat template leaves out what message {i + 1} ({role}) says "
+        "(allowed: a chat_template that writes it, or a row without it)"
+    )
 
 
 def _endless(end: TurnEnd) -> RowError:

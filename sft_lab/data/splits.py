@@ -20,13 +20,14 @@ from sft_lab.errors import PreflightError
 
 _TRAIN = "train"
 _WORDS = {
-    **dict.fromkeys(("train", "training"), _TRAIN),
+    **dict.fromkeys(("train", "training", "trains"), _TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout", "holdout"), "test"),
+    **dict.fromkeys(("test", "tests", "testing", "eval", "evals", "evaluation", "heldout", "holdout"), "test"),
 }
 _TWO_WORDS = re.compile(r"(held|hold)[-_. ]out")
-_ENDING = re.compile(r"(\.(jsonl|json|csv|parquet|arrow|txt))?(\.gz)?$")
+_ENDING = re.compile(r"(\.(jsonl|json|csv|parquet|arrow|txt))?(\.gz)?$", re.IGNORECASE)
 _SHARD = re.compile(r"-\d+-of-\d+$")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def require_one_split(given: str, base: Path, found: list[Path]) -> None:
@@ -40,6 +41,12 @@ def require_one_split(given: str, base: Path, found: list[Path]) -> None:
     splits: dict[str, list[Path]] = {}
     for file in found:
         splits.setdefault(_split_of(file, base, declared), []).append(file)
+    if not splits.keys() - {""}:  # a word in the middle tells only where another file has its counterpart
+        inside = {file: _split_in(_stem(file.name), anywhere=True) for file in found}
+        if len(set(inside.values()) - {""}) > 1:
+            splits = {}
+            for file, split in inside.items():
+                splits.setdefault(split, []).append(file)
     named = splits.keys() - {""}
     if len(named) > 1 or (named - {_TRAIN} and "" in splits):
         allowed = ", ".join(_pattern(files, found, base) for name, files in sorted(splits.items()) if name)
@@ -53,21 +60,22 @@ def _split_of(file: Path, base: Path, declared: dict[str, str]) -> str:
     """The split of a file, by what is declared, its name, or the nearest directory that tells; "" where none does."""
     inside = file.relative_to(base) if file.is_relative_to(base) else Path(file.name)
     for pattern, split in declared.items():
-        if fnmatchcase(inside.as_posix(), pattern) or _stem(file.name) == pattern:
+        if fnmatchcase(inside.as_posix(), pattern) or _stem(file.name).lower() == pattern:
             return split
     names = [_stem(file.name), *reversed(inside.parts[:-1])]
     return next(filter(None, map(_split_in, names)), "")
 
 
 def _stem(name: str) -> str:
-    return _SHARD.sub("", _ENDING.sub("", name.lower()))
+    return _SHARD.sub("", _ENDING.sub("", name))
 
 
-def _split_in(name: str) -> str:
-    """The split that the first or the last word of a name is; "contest" and "developer" are no splits."""
-    words = [word.rstrip("0123456789") for word in re.split(r"[-_. ]+", _TWO_WORDS.sub(r"\1out", name.lower()))]
-    words = [word for word in words if word]
-    return next((_WORDS[word] for word in (*words[:1], *words[-1:]) if word in _WORDS), "")
+def _split_in(name: str, anywhere: bool = False) -> str:
+    """The split that the first or the last word of a name is, or any; "contest" and "developer" are no splits."""
+    name = _TWO_WORDS.sub(r"\1out", _CAMEL.sub("-", name).lower())
+    words = [word for word in (word.rstrip("0123456789") for word in re.split(r"[-_. ]+", name)) if word]
+    looked_at = words if anywhere else (*words[:1], *words[-1:])
+    return next((_WORDS[word] for word in looked_at if word in _WORDS), "")
 
 
 # ------------------------------------------------------------------------------------------- what the files' maker says

@@ -94,7 +94,7 @@ def _fingerprints(source: Source) -> str:
     return " ".join(place.fingerprint for place in source.places)
 
 
-def _rows(config: Config, converter: Converter, known: str, tell: bool) -> Iterator[dict[str, Any]]:
+def _rows(config: Config, converter: Converter, known: str, tell: bool = False) -> Iterator[dict[str, Any]]:
     """Rows in the order of the files.
 
     Args:

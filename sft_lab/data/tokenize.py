@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -31,12 +31,14 @@ class Encoded:
     header that ends in a space does so, or in two line breaks with a vocabulary such as GPT-2's, and words that begin
     with a line break do.
     turns: of a conversation, the role of each message and whether it is learned.
+    apart: whether it is one turn of a conversation, behind its own prompt.
     """
 
     input_ids: list[int]
     labels: list[int]
     notes: list[str] = field(default_factory=list)
     turns: list[tuple[str, bool]] = field(default_factory=list)
+    apart: bool = False
 
 
 def encode(tokenizer: Any, example: Example, template: Template, loss: str, apart: bool = False) -> Encoded:
@@ -87,12 +89,32 @@ def prompt_and_reference(tokenizer: Any, conversation: Conversation, template: T
     row = Row(rows, conversation.messages[: last + 1], conversation.tools or None)
     prompt = rows.prompt(row.messages[:last], row.tools)
     ((start, stop),), _ = row.spans([last])
-    end = next(marker for marker in reversed([*rows.markers.finditer(row.text, start, stop)]) if marker.end() == stop)
+    ends = [marker for marker in rows.markers.finditer(row.text, start, stop) if marker.end() == stop]
+    if not ends:
+        raise RowError("the token that ends the answer cannot be told from its words")
+    end = ends[-1]
     ids, answer = (
         _tokenized(tokenizer, text, add_special_tokens=False)["input_ids"]
         for text in (prompt, row.text[start : end.start()])
     )
-    return ids, tokenizer.decode(answer, skip_special_tokens=True)
+    return ids, decoded(tokenizer, answer)
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """An answer as text without special tokens, but for the one that ends a thought, as </think>."""
+    vocabulary = tokenizer.get_vocab()
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    for end in _THOUGHT_ENDS:
+        if end in text and any(token in vocabulary for token in _SPECIAL.findall(end)):
+            thought, _, words = text.rpartition(end)
+            parts = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (thought, words))
+            return "</think>".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+# What ends a thought by a special token, in Cohere's, Gemma's, Mistral's and OpenAI's templates.
+_THOUGHT_ENDS = ("<|channel|>final<|message|>", "<|END_THINKING|>", "<channel|>", "[/THINK]")
+_SPECIAL = re.compile(r"<[^<>]+>|\[/?[A-Z]+\]")
 
 
 def _renderer(tokenizer: Any, template: Template, conversation: Conversation) -> Renderer:
@@ -237,6 +259,7 @@ def _conversation(
         "context_differs": differs,
         "other_turn_end": not facts.ends.issuperset(stops),
         "prompt_tokens_differ": facts.prompt_differs or shared,
+        "template_kwargs_unread": not conversation.template_kwargs.keys() <= rows.reads,
         **_thoughts(row, text, learned, spans),
     }
     return Encoded(
@@ -244,6 +267,7 @@ def _conversation(
         labels=[*ids] if loss == "all" else labels,
         notes=[*conversation.notes, *(name for name, holds in notes.items() if holds)],
         turns=[(m["role"], loss == "all" or i in learned) for i, m in enumerate(row.messages)],
+        apart=apart,
     )
 
 

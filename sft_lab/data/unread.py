@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft_lab.data.values import RowError, holds
+from sft_lab.data.values import RowError, from_json, holds
 
 _NAMES = 1000  # that are counted; rows may have names of their own each
 
@@ -49,7 +49,10 @@ _Rule = Callable[[str, Mapping[str, Any], str, Collection[str]], str | None]
 _PREFERRED = ("chosen", "chosen_messages", "chosen_response", "chosen_conversations")
 _REJECTED = ("rejected", "rejected_messages", "rejected_response", "rejected_conversations")
 _MARKS = ("label", "kto_tag", "desirable")  # a KTO row's; `label` is a class of its own in other data
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values", "input_features")
+_MEDIA = (
+    *("image", "images", "video", "videos", "audio", "audios", "pixel_values", "input_features"),
+    *("image_path", "image_paths", "image_url", "image_urls", "img", "video_path", "audio_path"),
+)
 _WORDS = ("context", "contexts", "passage", "passages", "paragraph", "document", "choices", "options", "input")
 _AROUND = ("prefix", "suffix", "instruction", "history", "documents", *_WORDS)
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -91,6 +94,8 @@ def _bad_answer(name: str, row: Mapping[str, Any], format_: str, read: Collectio
 
 
 def _media(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
+    if isinstance(row[name], (bool, int, float)) or row[name] in ("[]", "{}"):
+        return None
     return f"holds media, which are not read: only words are learned (allowed: none, {_ignoring(name)})"
 
 
@@ -134,7 +139,13 @@ def _template(name: str, row: Mapping[str, Any], format_: str, read: Collection[
 
 def _packed(name: str, row: Mapping[str, Any], format_: str, read: Collection[str]) -> str | None:
     """What says that a row of tokens is of several documents, whose attention would have to be kept apart."""
-    value, count = row[name], len(row["input_ids"])
+    try:
+        value, ids = from_json(row[name], name), from_json(row["input_ids"], "input_ids")
+    except RowError:
+        return None  # which reading the row tells
+    if not isinstance(ids, list):
+        return None
+    count = len(ids)
     same = {"seq_lengths": [count], "cu_seqlens": [0, count], "position_ids": list(range(count))}
     if value == same.get(name) or (name not in same and isinstance(value, list) and len(set(map(repr, value))) == 1):
         return None

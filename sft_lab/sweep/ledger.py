@@ -140,7 +140,7 @@ class SweepDirectory:
             return Outcome(trial, "new")
         found = read_json(status)
         state = "pruned" if found.get("pruned_at_step") else found["state"]
-        return Outcome(trial, state, found["error"] or "", found["step"])
+        return Outcome(trial, state, found.get("error") or "", found.get("step", 0))
 
     def freeze(self, trials: Sequence[Trial]) -> None:
         """Write down what each trial runs, and what of it varies, whichever process will run it and whenever."""

@@ -38,7 +38,17 @@ ENDS = {
 EARLIER = {"gptoss": "<|end|>"}  # what ends an answer that a message follows, where that is another token
 PICTURES = ("idefics3", "llava_next", "smolvlm")  # their templates take a list of parts as content
 # They have a place of their own for thoughts, to which one in the content is moved; and one that has none for them beside it.
-PLACED = ("diffusion_gemma", "gemma4_v5", "gptoss", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl", "muse_glimmer", "qwen3_8")
+PLACED = (
+    "diffusion_gemma",
+    "gemma4_v5",
+    "gptoss",
+    "lfm2_2_5",
+    "lfm2_2_5_v2",
+    "lfm2_2_5_vl",
+    "muse_glimmer",
+    "nemotron_3_nano",
+    "qwen3_8",
+)
 TAGGED = ("deepseek_r1_distill",)
 TOOL = {
     "type": "function",

@@ -203,7 +203,7 @@ def test_a_checkpoint_is_due_by_the_clock_a_minute_after_the_last(
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     run, state = RunDirectory(tmp_path), SimpleNamespace(global_step=1)
     added: list[Path] = []
-    saving = Saving(run, every_minutes=1, add=added.append)
+    saving = Saving(run, every_minutes=1, limit=2, add=added.append)
 
     def due() -> bool:
         control = SimpleNamespace(should_save=False)
@@ -223,7 +223,7 @@ def test_a_checkpoint_is_due_by_the_clock_a_minute_after_the_last(
     assert not due()
     clock += 61
     assert due()
-    saving = Saving(run, every_minutes=0, add=added.append)
+    saving = Saving(run, every_minutes=0, limit=2, add=added.append)
     clock += 10**6
     assert not due()
 
