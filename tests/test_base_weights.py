@@ -98,6 +98,31 @@ def test_an_expert_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert problems(tmp_path)["missing_weights"][0] == "error"
 
 
+def test_files_of_other_programs_beside_it_are_not_read(tmp_path: Path) -> None:
+    made(tmp_path)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors", "model.fp16.safetensors"):
+        save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / name)
+    assert problems(tmp_path) == {}
+
+
+def test_masks_that_older_files_of_gpt_neo_hold_stop_nothing(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded.resolve("embedded:tiny_llama"))
+    sizes = {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "attention_types": [[["global"], 1]],
+        "max_position_embeddings": 64,
+    }
+    config = AutoConfig.for_model("gpt_neo", vocab_size=len(tokenizer), **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: {**t, "transformer.h.0.attn.attention.bias": torch.ones(1, 1, 64, 64)})
+    assert problems(tmp_path) == {}
+
+
 def test_a_base_in_torchs_own_files_is_taken(tmp_path: Path) -> None:
     made(tmp_path)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")

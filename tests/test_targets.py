@@ -15,6 +15,9 @@ from tests.test_base_weights import QUICK, config_of, made
 WRONG = {
     "peft.target_modules=[q_proj,v_porj]": r"peft.target_modules : v_porj matches no module of this model (allowed: ",
     "peft.target_modules=[q_prj]": "; did you mean q_proj?",
+    "peft.target_modules=[q_proj,input_layernorm]": "peft : does not fit this model",
+    "peft.target_modules=[q_proj,k_proj] peft.extra.exclude_modules=[k_proj]": "k_proj matches nothing that gets an adapter",
+    "peft.target_modules=[q_proj] peft.extra.rank_pattern={v_proj:4}": "v_proj matches nothing that gets an adapter",
     "peft.modules_to_save=[lm_haed]": "peft.modules_to_save : lm_haed matches no module",
     "peft.extra.rank_pattern={q_porj:4}": "peft.extra.rank_pattern : q_porj matches no module",
     "peft.extra.alpha_pattern={v_porj:4}": "peft.extra.alpha_pattern : v_porj matches no module",

@@ -97,6 +97,40 @@ def test_words_are_not_looked_for_in_the_thought() -> None:
     assert encoded.notes == ["special_tokens_in_text", "thought"]
 
 
+@pytest.mark.parametrize("content", ["<think>\n{}\n</think>\n\nno", "no"], ids=["in the content", "beside it"])
+def test_words_are_not_looked_for_in_a_thought_that_the_prompt_opens(content: str) -> None:
+    tokenizer, template = made(OPENED)
+    thought = "no or <|im_end|> again. Decide."
+    beside = {} if "{}" in content else {"reasoning_content": thought}
+    encoded = encode(tokenizer, row("Which?", content.format(thought), **beside), template, "assistant")
+    assert learned(tokenizer, encoded) == f"{thought}\n</think>\n\nno<|im_end|>"
+    assert "thought_left_out" not in encoded.notes
+
+
+def test_rows_do_not_depend_on_those_before_them() -> None:
+    """A template that looks for a word in what is asked, and then asks otherwise."""
+    text = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ ('[tool]' if 'search' in messages[loop.index0 - 1]['content'] else '') + m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' + ('[tool]' if 'search' in messages[-1]['content'] else '') }}{% endif %}"
+    )
+    tokenizer, template = made(text)
+    questions = ["hello", "search it now please my friend", "search it"]
+    rows = [encode(tokenizer, row(question, "yes"), template, "assistant") for question in questions]
+    assert [learned(tokenizer, encoded) for encoded in rows] == ["yes<|im_end|>"] * 3
+
+
+def test_a_thought_that_ends_in_special_tokens_is_no_word_of_the_answer() -> None:
+    own = (TRL_TEMPLATES / "gptoss.jinja").read_text(encoding="utf-8")
+    tokens = ["<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|channel|>", "<|message|>"]
+    tokenizer = tokenizer_with(*tokens, eos="<|return|>", template=own)
+    template = apply(tokenizer, "auto")
+    for thought in ({}, {"reasoning_content": "Two and two."}):
+        reference = prompt_and_reference(tokenizer, row("2 + 2?", "4", **thought), template)[1]
+        assert final_words(reference) == "4"
+
+
 def test_rows_that_differ_in_their_thoughts_are_no_duplicates() -> None:
     one, other = (row("12 x 12?", "144", reasoning_content=thought) for thought in ("by heart", "120 and 24"))
     assert text_of(one) != text_of(other)
