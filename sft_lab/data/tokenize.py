@@ -102,10 +102,9 @@ def prompt_and_reference(tokenizer: Any, conversation: Conversation, template: T
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     """An answer as text without special tokens, but for the one that ends a thought, as </think>."""
-    vocabulary = tokenizer.get_vocab()
     text = tokenizer.decode(ids, skip_special_tokens=False)
     for end in _THOUGHT_ENDS:
-        if end in text and any(token in vocabulary for token in _SPECIAL.findall(end)):
+        if end in text and any(token in tokenizer.added_tokens_encoder for token in _SPECIAL.findall(end)):
             thought, _, words = text.rpartition(end)
             parts = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (thought, words))
             return "</think>".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
