@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer(words: list[str]) -> int:
     try:
         verb, rest = _split(words)
-        return int(importlib.import_module(f"sft_lab.commands.{verb}").main(rest))
+        code = int(importlib.import_module(f"sft_lab.commands.{verb}").main(rest))
+        sys.stdout.flush()  # what is buffered meets a closed pipe here, and not when the interpreter ends
+        return code
     except SftLabError as error:
         print(f"sft_lab: {_told(error)}", file=sys.stderr)
         if isinstance(error, Interrupted) and error.warned and (told := outside.requeue()):
