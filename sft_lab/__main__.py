@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer(words: list[str]) -> int:
     try:
         verb, rest = _split(words)
-        code = int(importlib.import_module(f"sft_lab.commands.{verb}").main(rest))
-        sys.stdout.flush()  # what is buffered meets a closed pipe here, and not when the interpreter ends
-        return code
+        return int(importlib.import_module(f"sft_lab.commands.{verb}").main(rest))
     except SftLabError as error:
         print(f"sft_lab: {_told(error)}", file=sys.stderr)
         if isinstance(error, Interrupted) and error.warned and (told := outside.requeue()):
@@ -63,8 +61,17 @@ def _answer(words: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `sft_lab --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """What is buffered meets a closed pipe here, and not when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:
