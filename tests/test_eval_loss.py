@@ -53,8 +53,8 @@ def mixture_of_experts(folder: Path, family: str) -> str:
     return str(folder)
 
 
-def by_hand(run: RunDirectory) -> float:
-    """Mean cross-entropy over supervised tokens, one row at a time, by plain Transformers and PEFT in double precision."""
+def by_hand(run: RunDirectory, dtype: torch.dtype = torch.float64) -> float:
+    """Mean cross-entropy over supervised tokens, one row at a time, by plain Transformers and PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def by_hand(run: RunDirectory) -> float:
     base = AutoModelForCausalLM.from_pretrained(
         json.loads((run.adapter / "adapter_config.json").read_text())["base_model_name_or_path"], dtype=torch.float32
     )
-    model = PeftModel.from_pretrained(base, str(run.adapter)).double().eval()
+    model = PeftModel.from_pretrained(base, str(run.adapter)).to(dtype).eval()
     total, count = 0.0, 0
     for row in data.eval:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
@@ -118,7 +118,7 @@ def test_the_loss_of_routers_is_no_part_of_it(main: Callable[..., Any], rows: Pa
             ("single", "trainer.extra.router_aux_loss_coef=0.05", "trainer.per_device_eval_batch_size=1"),
         )
     ]
-    assert losses == pytest.approx([by_hand(RunDirectory("none"))] * 3, rel=5e-6)
+    assert losses == pytest.approx([by_hand(RunDirectory("none"), torch.float32)] * 3, rel=5e-6)
     evaluated = json.loads(main("eval", "some", "--json").stdout)
     assert evaluated["metrics"]["loss"] == pytest.approx(losses[1], rel=2e-6)
 
